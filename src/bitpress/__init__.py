@@ -1,0 +1,60 @@
+"""Compress language models: quantization and sparsity as algebra on a weight and one pass of statistics."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bitpress.errors import (
+        BitpressError,
+        CheckpointError,
+        ConfigError,
+        DataError,
+        NumericsError,
+        PlanError,
+        RecipeError,
+    )
+    from bitpress.evaluate import evaluate
+    from bitpress.inspection import inspect_checkpoint
+    from bitpress.oneshot import oneshot
+    from bitpress.recipe import Recipe
+
+__version__ = "0.1.0"
+
+# name -> module; imported when first used, so that `import bitpress` is quick
+_PUBLIC = {
+    "BitpressError": "errors",
+    "CheckpointError": "errors",
+    "ConfigError": "errors",
+    "DataError": "errors",
+    "NumericsError": "errors",
+    "PlanError": "errors",
+    "Recipe": "recipe",
+    "RecipeError": "errors",
+    "evaluate": "evaluate",
+    "inspect_checkpoint": "inspection",
+    "oneshot": "oneshot",
+}
+
+__all__ = [
+    "BitpressError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "NumericsError",
+    "PlanError",
+    "Recipe",
+    "RecipeError",
+    "evaluate",
+    "inspect_checkpoint",
+    "oneshot",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'bitpress' has no attribute '{name}'")
+    value = getattr(import_module(f"bitpress.{_PUBLIC[name]}"), name)
+    globals()[name] = value  # over the submodule of the same name, which importing it has put here
+    return value

@@ -1,0 +1,223 @@
+"""The decoder blocks of a model: find them, run one with the model's own forward, collect statistics in it.
+
+The model's forward drives. All blocks before the one at work hand their input through unchanged; the one at work is
+given its stored hidden states in place of what arrives, so it gets exactly the masks, position embeddings and
+per-layer arguments of its architecture; then the forward is left. The only hooks of the project are here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitpress.errors import NumericsError, PlanError
+from bitpress.math.stats import GramAccumulator, InputStats
+
+Batch = tuple[Tensor, Tensor | None]  # token ids (B, L); hidden states (B, L, C), None before the first block
+
+
+class _Left(Exception):  # noqa: N818  a way out of the model's forward, not an error
+    """Leaves the model's forward once the block at work is done."""
+
+
+def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
+    """Name and modules of the model's list of decoder blocks.
+
+    Raises:
+        PlanError: the model has no list of blocks.
+    """
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
+    outer = [(n, m) for n, m in lists if not any(n.startswith(o + ".") for o, _ in lists)]
+    if not outer:
+        raise PlanError(f"{type(model).__name__}: no list of decoder blocks found; is it a decoder language model?")
+    name, found = max(outer, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    return name, list(found)
+
+
+class Blocks:
+    """The blocks of one model and how to run them.
+
+    Args:
+        model: a causal language model of transformers; its parameters may be on the meta device but for what is run.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.path, self.modules = find_blocks(model)
+        self._returns_tuple = False
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    def prefix(self, index: int) -> str:
+        """Module name of block `index`, with the dot."""
+        return f"{self.path}.{index}."
+
+    def run(self, index: int, batch: Batch) -> Tensor:
+        """The hidden states after block `index`, (B, L, C), given those before it."""
+        out = self.visit(index, batch)
+        assert out is not None
+        return out
+
+    def visit(self, index: int, batch: Batch) -> Tensor | None:
+        """As `run`, but a hook may leave the block before its end; then there is no output."""
+        result: list[Tensor] = []
+        original = self.modules[index].forward
+
+        def at_work(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = _with_hidden(args, kwargs, batch[1])
+            out = original(*args, **kwargs)
+            self._returns_tuple = isinstance(out, tuple)
+            result.append(out[0] if isinstance(out, tuple) else out)
+            raise _Left
+
+        self._drive(batch[0], index, at_work)
+        return result[0] if result else None
+
+    def visit_tail(self, batch: Batch) -> None:
+        """Runs what follows the last block (norm, head), given the hidden states after it; for the hooks in it."""
+
+        def at_work(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = _with_hidden(args, kwargs, batch[1])
+            return self._through(*args, **kwargs)
+
+        self._drive(batch[0], len(self) - 1, at_work)
+
+    def _drive(self, ids: Tensor, index: int, at_work: Callable[..., Any]) -> None:
+        with _forwards(self.modules[:index], self._through), _forwards(self.modules[index : index + 1], at_work):
+            try:
+                with torch.no_grad():
+                    self.model(input_ids=ids, use_cache=False)
+            except _Left:
+                pass
+
+    def _through(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden,) if self._returns_tuple else hidden
+
+
+def _with_hidden(args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor | None) -> tuple[Any, dict[str, Any]]:
+    """The block's arguments with the stored hidden states in place of the ones that arrived."""
+    if hidden is None:
+        return args, kwargs
+    return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+
+@contextmanager
+def _forwards(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+    """Within it, the modules' forward is another function; attributes and hooks stay."""
+    before = [m.__dict__.get("forward") for m in modules]
+    for m in modules:
+        m.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        for m, old in zip(modules, before, strict=True):
+            if old is None:
+                del m.__dict__["forward"]
+            else:
+                m.__dict__["forward"] = old
+
+
+@dataclass
+class _Shared:
+    """One distinct input: its sums, and the linears that read it, the first of which adds to them."""
+
+    sums: GramAccumulator
+    readers: list[str]
+    reads: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Collected:
+    """Statistics of one pass: per distinct input, and the linears left for another pass by the memory limit."""
+
+    groups: list[tuple[InputStats, tuple[str, ...]]]
+    deferred: tuple[str, ...]
+
+
+def collect(
+    run: Callable[[Batch], object],
+    linears: dict[str, nn.Module],
+    batches: Iterable[Batch],
+    *,
+    budget: int,
+    leave_early: bool = True,
+) -> Collected:
+    """Run all batches and sum the statistics of every distinct input of the given linears.
+
+    Linears that receive the very same tensor share one sum. It is found by the tensor's identity, not by names.
+
+    Args:
+        run: runs the block (or the tail) on a batch.
+        linears: by name.
+        batches: ids and hidden states.
+        budget: bytes that Gram matrices may take; at least one is always made, the rest is deferred.
+        leave_early: leave the block when its last linear has its input (its output is not needed). Not for blocks
+            in which linears are called depending on the data.
+
+    Raises:
+        NumericsError: linears that shared an input in one batch did not in another.
+    """
+    shared: dict[str, _Shared] = {}  # reader -> its input
+    deferred: set[str] = set()
+    current: dict[int, tuple[Tensor, str | None]] = {}  # tensors seen in this batch, kept so that ids stay theirs
+    order: list[str] = []
+    last: list[str] = []
+    used = 0
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+            nonlocal used
+            order.append(name)
+            x: Tensor = args[0]
+            seen = current.get(id(x))
+            if name in deferred:
+                current.setdefault(id(x), (x, None))
+            elif name in shared:
+                entry = shared[name]
+                if seen is None:
+                    entry.sums.add(x)
+                    current[id(x)] = (x, name)
+                elif seen[1] is None or shared.get(seen[1]) is not entry:
+                    raise NumericsError(f"{name}: shares its input with other linears in some batches only")
+            elif seen is not None and seen[1] is not None:
+                entry = shared[seen[1]]
+                entry.readers.append(name)
+                shared[name] = entry
+            else:
+                size = GramAccumulator.nbytes(x.shape[-1])
+                if shared and used + size > budget:
+                    deferred.add(name)
+                    current[id(x)] = (x, None)
+                else:
+                    used += size
+                    entry = _Shared(GramAccumulator(x.shape[-1], x.device), [name])
+                    entry.sums.add(x)
+                    shared[name] = entry
+                    current[id(x)] = (x, name)
+            if last and name == last[0]:
+                raise _Left
+
+        return before
+
+    handles = [m.register_forward_pre_hook(hook(n)) for n, m in linears.items()]
+    try:
+        for batch in batches:
+            current.clear()
+            run(batch)
+            if leave_early and not last and order:
+                last.append(order[-1])
+            order.clear()
+    finally:
+        current.clear()
+        for handle in handles:
+            handle.remove()
+    distinct = {id(entry): entry for entry in shared.values()}
+    groups = [(entry.sums.finish(), tuple(entry.readers)) for entry in distinct.values()]
+    return Collected(groups, tuple(n for n in linears if n in deferred))

@@ -1,0 +1,200 @@
+"""Model folders: safetensors in, shards out, index and config.
+
+A folder is read tensor by tensor and never as a whole; every file is written beside its place and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitpress.errors import CheckpointError
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+INDEX = "model.safetensors.index.json"
+# what a checkpoint carries besides weights, config and index: tokenizer, templates, remote code, licence
+COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.py", "*.md", "*.tiktoken", "LICENSE*", "NOTICE*")
+NOT_COMPANIONS = ("config.json", INDEX, "report.json", "trainer_state.json", "training_args.bin")
+
+
+class Source:
+    """The tensors of a model folder, by name on disk.
+
+    Args:
+        folder: a folder with safetensors files.
+
+    Raises:
+        CheckpointError: no folder, no safetensors in it (pickle files are not read), or a file cut short.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tensors: dict[str, tuple[Path, torch.dtype, tuple[int, ...]]] = {}
+        self.headers: dict[str, bytes] = {}
+        for file in weight_files(folder):
+            raw, header = read_header(file)
+            self.headers[file.name] = raw
+            for name, entry in header.items():
+                if name != "__metadata__":
+                    self.tensors[name] = (file, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+
+    def spec(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """dtype and shape of a tensor."""
+        _, dtype, shape = self.tensors[name]
+        return dtype, shape
+
+    def read(self, names: Iterable[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """Tensors by name, in memory of their own (the files are closed again)."""
+        return read_tensors(((name, self.tensors[name][0]) for name in names), device)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells this folder from another without reading the weights: headers, sizes, times of change."""
+        import hashlib
+
+        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
+        for name, raw in sorted(self.headers.items()):
+            stat = (self.folder / name).stat()
+            digest.update(f"{name}:{stat.st_size}:{stat.st_mtime_ns}".encode())
+            digest.update(raw)
+        return {"folder": str(self.folder.resolve()), "sha256": digest.hexdigest()}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder: those its index names, else all."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such model folder")
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{index}: not a weight index ({error})") from None
+        files = [folder / name for name in names]
+        if missing := [f.name for f in files if not f.is_file()]:
+            raise CheckpointError(f"{folder}: the index names files that are not there: {', '.join(missing)}")
+        return files
+    files = sorted(folder.glob("*.safetensors"))
+    if files:
+        return files
+    if any(folder.glob("*.gguf")):
+        raise CheckpointError(
+            f"{folder}: holds GGUF, which is quantized already. Load it with transformers' gguf_file= (which "
+            "dequantizes), save_pretrained it, and compress that folder"
+        )
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
+        raise CheckpointError(
+            f"{folder}: holds pickle weights, which can run code when read. If you trust them, convert them: "
+            f"AutoModelForCausalLM.from_pretrained('{folder}').save_pretrained(NEW_FOLDER)"
+        )
+    raise CheckpointError(f"{folder}: no safetensors files in it")
+
+
+def read_header(file: Path) -> tuple[bytes, dict[str, Any]]:
+    """The header of a safetensors file, raw and parsed; the file's length is checked against it."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
+        raw = stream.read(length) if 0 <= length <= size - 8 else b""
+    try:
+        header: dict[str, Any] = json.loads(raw)
+        ends = [e["data_offsets"][1] for n, e in header.items() if n != "__metadata__"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{file}: not a safetensors file, or cut short: download it again") from None
+    if size != 8 + length + max(ends, default=0):
+        raise CheckpointError(f"{file}: {size} bytes, but its header asks for {8 + length + max(ends, default=0)}")
+    return raw, header
+
+
+def read_tensors(wanted: Iterable[tuple[str, Path]], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Tensors from (name, file) pairs; each file is mapped only while it is read."""
+    from safetensors import safe_open
+
+    by_file: dict[Path, list[str]] = {}
+    for name, file in wanted:
+        by_file.setdefault(file, []).append(name)
+    out: dict[str, Tensor] = {}
+    for file, names in by_file.items():
+        with safe_open(file, "pt") as opened:
+            for name in names:
+                # a mapped tensor keeps the whole file mapped: copy it
+                tensor = opened.get_tensor(name)
+                out[name] = tensor.to(device, copy=True)
+    return out
+
+
+def file_size(spec: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> int:
+    """Exact bytes of the safetensors file that holds tensors of these dtypes and shapes."""
+    order = sorted(spec, key=lambda name: (-spec[name][0].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in order:
+        dtype, shape = spec[name]
+        end = offset + dtype.itemsize * int(torch.Size(shape).numel())
+        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + -(-length // 8) * 8 + offset
+
+
+def write_shard(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file so that it is there whole, on the disk, or not at all."""
+    from safetensors.torch import save_file
+
+    partial = file.with_suffix(".partial")
+    ready = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    save_file(ready, partial, metadata={"format": "pt"})
+    sync(partial)
+    os.replace(partial, file)
+    sync(file.parent)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file so that it is there whole or not at all."""
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    sync(partial)
+    os.replace(partial, file)
+    sync(file.parent)
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write JSON, keys in the given order, whole or not at all."""
+    write_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def sync(path: Path) -> None:
+    """Force a file or folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_index(folder: Path, shards: Mapping[str, Mapping[str, int]]) -> None:
+    """The index of all shards: file name -> tensor name -> bytes."""
+    weight_map = {tensor: file for file, tensors in shards.items() for tensor in tensors}
+    total = sum(n for tensors in shards.values() for n in tensors.values())
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Tokenizer, chat template, generation config and the like from one folder to another."""
+    for pattern in COMPANIONS:
+        for file in sorted(source.glob(pattern)):
+            if file.is_file() and file.name not in NOT_COMPANIONS:
+                shutil.copyfile(file, target / file.name)

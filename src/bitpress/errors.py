@@ -1,0 +1,67 @@
+"""Everything that bitpress raises on purpose.
+
+BitpressError
+ +- ConfigError      an argument or a configuration key is wrong
+ +- RecipeError      a recipe cannot be read or names something unknown
+ +- PlanError        recipe, model and arguments do not fit together (found before any weight is loaded)
+ +- DataError        calibration data is missing, empty or of the wrong shape
+ +- CheckpointError  a model folder cannot be read, or what was written does not read back
+ +- NumericsError    NaN, infinity or a matrix that is not positive definite
+
+Each message says what is wrong, where, and what to do about it. An error may carry several problems: they are
+listed one a line, so that one run shows every fault.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class BitpressError(Exception):
+    """Base of all errors that a user can cause and mend.
+
+    Args:
+        problems: one message, or a sequence of messages that are reported together.
+    """
+
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
+        super().__init__(self._text())
+
+    def _text(self) -> str:
+        if len(self.problems) == 1:
+            return self.problems[0]
+        return f"{len(self.problems)} problems\n" + "\n".join(f"  {p}" for p in self.problems)
+
+
+class ConfigError(BitpressError):
+    """An argument or a configuration key is wrong."""
+
+
+class RecipeError(BitpressError):
+    """A recipe cannot be read, or names a modifier, key, stage or scheme that does not exist."""
+
+
+class PlanError(BitpressError):
+    """Recipe, model and arguments do not fit together; nothing has been loaded or written."""
+
+
+class DataError(BitpressError):
+    """Calibration data is missing, empty, or lacks what is needed."""
+
+
+class CheckpointError(BitpressError):
+    """A model folder cannot be read, or what was written does not read back as it was solved."""
+
+
+class NumericsError(BitpressError):
+    """NaN or infinity in weights or activations, or a Gram matrix that is not positive definite."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A remedy for an unknown name: `" Did you mean 'W4A16'?"`, else the list of known names."""
+    names = sorted(known)
+    lowered = {n.lower(): n for n in names}
+    close = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.6)
+    return f" Did you mean '{lowered[close[0]]}'?" if close else f" Known: {', '.join(names)}."

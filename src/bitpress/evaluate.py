@@ -1,0 +1,346 @@
+"""How far a compressed checkpoint is from its base on a text, and what each of them answers.
+
+The text is tokenized whole, without special tokens, and cut into windows that do not overlap. Perplexity is
+over the tokens that have a predecessor in their window; KL and top-1 agreement are over all positions.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bitpress.errors import CheckpointError, ConfigError, DataError, NumericsError
+from bitpress.loading import load_checkpoint, load_model, open_checkpoint, tokenizers_of
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+__all__ = ["Evaluation", "evaluate", "generate", "load_model"]
+
+BUILT_IN = "bitpress's own evaluation text"
+# Elements of (positions, vocabulary) that are compared at a time: 64 MiB in float32.
+_CHUNK = 1 << 24
+_WARM_UP = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """A checkpoint measured against its base.
+
+    Attributes:
+        base_perplexity, perplexity: exp of the mean negative log-likelihood per token.
+        kl: mean over positions of KL(base || checkpoint), in nats.
+        kl_p99: the KL that 99 % of the positions do not exceed, in nats.
+        top1: share of the positions where both models rank the same token first.
+        tokens: predicted tokens, one less per window than it is long.
+        base_bytes, bytes: tensors as stored; of a model in memory, its parameters and buffers.
+        base_tokens_per_second, tokens_per_second: forward passes over whole windows, after a warm-up.
+        text: which text was used.
+        windows, length: windows that were used, and tokens in the longest.
+        notes: where this differs from what was asked.
+    """
+
+    base_perplexity: float
+    perplexity: float
+    kl: float
+    kl_p99: float
+    top1: float
+    tokens: int
+    base_bytes: int
+    bytes: int
+    base_tokens_per_second: float
+    tokens_per_second: float
+    text: str
+    windows: int
+    length: int
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self) | {"notes": list(self.notes)}
+
+
+@dataclass
+class _Sums:
+    """What adds up over windows."""
+
+    nll: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    seconds: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    kl: list[Tensor] = field(default_factory=list)
+    agreed: int = 0
+    tokens: int = 0
+
+
+def evaluate(
+    base: str | Path | nn.Module,
+    checkpoint: str | Path | nn.Module,
+    *,
+    text: str | Path | None = None,
+    windows: int = 8,
+    length: int = 2048,
+    device: str = "auto",
+    dtype: str = "float32",
+    tokenizer: Any = None,
+    trust_remote_code: bool = False,
+) -> Evaluation:
+    """Perplexity of both models, their KL divergence and top-1 agreement, size and forward speed.
+
+    Args:
+        base, checkpoint: a folder, a GGUF file, or a model in memory, which keeps its device and dtype.
+        text: a text or a file of it; None is the text that comes with bitpress.
+        windows, length: windows and tokens in each; a short text gives fewer, and the notes say so.
+        device: "auto" is a GPU if there is one.
+        dtype: "float32", "bfloat16", "float16", or "auto" for the one that each checkpoint is stored in.
+        tokenizer: a tokenizer or a folder of one, for both models; None is the base's.
+        trust_remote_code: run model code that comes with the folders, and read pickle weights.
+
+    Raises:
+        ConfigError: an argument is out of range, or a model in memory came without a tokenizer.
+        DataError: the text is missing, empty or too short.
+        CheckpointError: a folder cannot be loaded, or the models do not share their vocabulary.
+        NumericsError: a model gives NaN.
+    """
+    import torch
+
+    if windows < 1 or length < 2:
+        raise ConfigError(f"windows {windows}, length {length}: need at least 1 window of 2 tokens")
+    words, label = _read_text(text)
+    found = [None if _in_memory(m) else open_checkpoint(m, trust_remote_code) for m in (base, checkpoint)]
+    tokens, same = tokenizers_of(tokenizer, found, trust_remote_code)
+    ids = _token_ids(tokens, words, label)
+    models = [
+        m if at is None else load_checkpoint(at, dtype, device, trust_remote_code)
+        for m, at in zip((base, checkpoint), found, strict=True)
+    ]
+    cut, notes = _cut(ids, windows, length, models)
+    sums = _Sums()
+    with torch.no_grad(), _evaluating(models):
+        vocabulary = _vocabulary(models, ids, same, notes)
+        for window in cut:
+            _measure(models, window, vocabulary, sums)
+    kl = torch.cat(sums.kl)
+    sizes = [_bytes(m) if at is None else at.bytes for m, at in zip(models, found, strict=True)]
+    return Evaluation(
+        base_perplexity=_perplexity(sums.nll[0], sums.tokens),
+        perplexity=_perplexity(sums.nll[1], sums.tokens),
+        kl=max(0.0, kl.double().mean().item()),
+        kl_p99=max(0.0, kl.kthvalue(math.ceil(0.99 * len(kl))).values.item()),
+        top1=sums.agreed / len(kl),
+        tokens=sums.tokens,
+        base_bytes=sizes[0],
+        bytes=sizes[1],
+        base_tokens_per_second=len(kl) / max(sums.seconds[0], 1e-9),
+        tokens_per_second=len(kl) / max(sums.seconds[1], 1e-9),
+        text=label,
+        windows=len(cut),
+        length=len(cut[0]),
+        notes=tuple(notes),
+    )
+
+
+def generate(
+    model: str | Path | nn.Module,
+    prompt: str,
+    max_new_tokens: int = 64,
+    *,
+    tokenizer: Any = None,
+    dtype: str = "float32",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> str:
+    """The greedy answer to a prompt, which goes through the chat template if there is one.
+
+    Args:
+        model: a folder, a GGUF file, or a model in memory with its `tokenizer`.
+
+    Raises:
+        ConfigError: no new tokens asked for, or a model in memory came without a tokenizer.
+        DataError: the prompt is empty.
+        CheckpointError: see `load_model`.
+    """
+    import torch
+
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens: must be positive, got {max_new_tokens}")
+    if not prompt:
+        raise DataError("the prompt is empty; give a few words to go on from")
+    at = None if _in_memory(model) else open_checkpoint(model, trust_remote_code)
+    tokens, _ = tokenizers_of(tokenizer, [at, at], trust_remote_code)
+    loaded: Any = model if at is None else load_checkpoint(at, dtype, device, trust_remote_code)
+    if getattr(tokens, "chat_template", None):
+        turn = [{"role": "user", "content": prompt}]
+        inputs = tokens.apply_chat_template(
+            turn, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+    else:
+        inputs = tokens(prompt, return_tensors="pt")
+    on = _device_of(loaded)
+    given = {key: inputs[key].to(on) for key in ("input_ids", "attention_mask")}
+    end = tokens.eos_token_id if tokens.pad_token_id is None else tokens.pad_token_id
+    with torch.no_grad(), _evaluating([loaded]):
+        out = loaded.generate(
+            **given,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=end,
+        )
+    return str(tokens.decode(out[0, given["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+def _in_memory(model: object) -> bool:
+    from torch import nn
+
+    return isinstance(model, nn.Module)
+
+
+def _read_text(text: str | Path | None) -> tuple[str, str]:
+    """The text, and what to call it."""
+    if text is None:
+        return (files("bitpress") / "assets" / "evaluation.txt").read_text(encoding="utf-8"), BUILT_IN
+    if isinstance(text, str) and not os.path.isfile(text):
+        words, label = text, f"a text of {len(text)} characters"
+    else:
+        label = str(text)
+        try:
+            words = Path(text).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"{text}: cannot be read as UTF-8 text ({error}); give a plain text file"
+            ) from None
+    if not words.strip():
+        raise DataError(f"{label}: the text is empty; give one of a few thousand words")
+    return words, label
+
+
+def _token_ids(tokenizer: Any, words: str, label: str) -> Tensor:
+    import torch
+
+    # verbose would warn that the whole text is longer than the model's context
+    ids = tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"]
+    if len(ids) < 2:
+        raise DataError(f"{label}: {len(ids)} tokens; give a text of a few thousand words")
+    return torch.tensor(ids)
+
+
+def _cut(ids: Tensor, windows: int, length: int, models: list[Any]) -> tuple[list[Tensor], list[str]]:
+    """Windows of the text, the last one shorter if the text ends in it, and what was not possible."""
+    import torch
+
+    notes = []
+    limits = [n for m in models if (n := _setting(m, "max_position_embeddings"))]
+    if limits and min(limits) < length:
+        notes.append(f"windows of {min(limits)} tokens in place of {length}: the model has no more positions")
+        length = min(limits)
+    cut = [window for window in torch.split(ids[: windows * length], length) if len(window) > 1]
+    if len(ids) < windows * length:
+        last = f", the last of {len(cut[-1])}" if len(cut[-1]) < len(cut[0]) else ""
+        notes.append(
+            f"the text has {len(ids)} tokens: {len(cut)} windows of {len(cut[0])}{last} "
+            f"in place of {windows} of {length}"
+        )
+    return cut, notes
+
+
+def _device_of(model: Any) -> Any:
+    return next(model.parameters()).device
+
+
+def _setting(model: Any, name: str) -> int | None:
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    value: int | None = getattr(config, name, None)
+    return value
+
+
+def _vocabulary(models: list[Any], ids: Tensor, same: bool, notes: list[str]) -> int:
+    """Run each model once, for its vocabulary and to warm it up; the entries that both have."""
+    largest = int(ids.max())
+    sizes = []
+    for who, model in zip(("base", "checkpoint"), models, strict=True):
+        known = _setting(model, "vocab_size")
+        if known is not None and largest >= known:
+            raise CheckpointError(
+                f"the text has token {largest} and the {who} a vocabulary of {known}; give its own tokenizer"
+            )
+        sizes.append(_logits(model, ids[:_WARM_UP])[0].shape[-1])
+    if sizes[0] != sizes[1]:
+        if not same:
+            raise CheckpointError(
+                f"the base has a vocabulary of {sizes[0]} and the checkpoint of {sizes[1]}, and nothing says "
+                "that their tokenizer is the same; pass tokenizer= if it is"
+            )
+        notes.append(
+            f"vocabularies of {sizes[0]} and {sizes[1]}: the first {min(sizes)} entries are compared"
+        )
+    return min(sizes)
+
+
+def _logits(model: Any, window: Tensor) -> tuple[Tensor, float]:
+    """Logits (T, V) of a window, and the seconds of the forward pass."""
+    import torch
+
+    on = _device_of(model)
+    ids = window[None].to(on)
+    if on.type == "cuda":
+        torch.cuda.synchronize(on)
+    start = time.perf_counter()
+    out = model(input_ids=ids, use_cache=False)
+    if on.type == "cuda":
+        torch.cuda.synchronize(on)
+    return getattr(out, "logits", out)[0], time.perf_counter() - start
+
+
+def _measure(models: list[Any], window: Tensor, vocabulary: int, sums: _Sums) -> None:
+    """Add one window; distributions exist for a chunk of positions at a time."""
+    logits = []
+    for i, model in enumerate(models):
+        scores, seconds = _logits(model, window)
+        logits.append(scores)
+        sums.seconds[i] += seconds
+    on = logits[0].device
+    window = window.to(on)
+    rows = max(1, _CHUNK // vocabulary)
+    for start in range(0, len(window), rows):
+        p, q = (part[start : start + rows, :vocabulary].to(on).float().log_softmax(-1) for part in logits)
+        for who, log_probs in (("base", p), ("checkpoint", q)):
+            if log_probs.isnan().any():
+                raise NumericsError(f"the {who} gives NaN logits; run it in float32, or look at its weights")
+        sums.agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
+        target = window[start + 1 : start + 1 + rows, None]
+        for i, log_probs in enumerate((p, q)):
+            sums.nll[i] -= log_probs[: len(target)].gather(1, target).double().sum().item()
+        # a token that the base rules out adds nothing, whatever the checkpoint says
+        kl = (p.exp() * (p - q)).masked_fill_(p == -math.inf, 0.0).sum(-1)
+        sums.kl.append(kl.cpu())
+    sums.tokens += len(window) - 1
+
+
+def _perplexity(nll: float, tokens: int) -> float:
+    return math.exp(nll / tokens) if nll / tokens < 700 else math.inf
+
+
+def _bytes(model: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+
+
+@contextmanager
+def _evaluating(models: list[Any]) -> Iterator[None]:
+    """Evaluation mode (no dropout), and back to each module's own mode."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

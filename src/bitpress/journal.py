@@ -1,0 +1,153 @@
+"""What is finished, so that a killed run goes on where it was.
+
+All of a run's files lie in `<output>/.bitpress/` until the last moment: one safetensors shard per block, and
+`journal.jsonl`, whose first line says what run this is and each further line that a shard is complete. Only then are
+the shards moved to their places and config.json is written, last. So an output folder without config.json is
+unfinished, and one with it is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from bitpress.checkpoint import sync
+from bitpress.errors import CheckpointError, PlanError
+
+WORK = ".bitpress"
+JOURNAL = "journal.jsonl"
+
+
+class Journal:
+    """The record of one run in its work folder.
+
+    Args:
+        folder: the work folder; made if need be.
+        run: what identifies the run: recipe, model, data, arguments, versions. Plain data.
+        numerics: what must stay the same for identical bits: batch size, threads, device and the like. Of these the
+            recorded values are taken on resume.
+
+    Attributes:
+        numerics: the given ones on a new run, the recorded ones on resume.
+        done: entries of finished shards, by shard number.
+
+    Raises:
+        PlanError: the folder holds another run.
+    """
+
+    def __init__(self, folder: Path, run: dict[str, Any], numerics: dict[str, Any]) -> None:
+        self.folder = folder
+        self.file = folder / JOURNAL
+        self.numerics = numerics
+        self.done: dict[int, dict[str, Any]] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = _whole_lines(self.file)
+        if not lines:
+            self._rewrite([{"run": run, "numerics": numerics}])
+            return
+        head = lines[0]
+        if different := _differences(head["run"], json.loads(json.dumps(run))):
+            raise PlanError(
+                f"{folder.parent}: holds an unfinished run with other {', '.join(different)}: give the same arguments "
+                "to go on, --fresh (fresh=True) to start anew, or another output folder"
+            )
+        self.numerics = head["numerics"]
+        for entry in lines[1:]:
+            file = folder / entry["file"]
+            if not file.is_file():  # a run killed while it moved shards to their places
+                file = folder.parent / entry["file"]
+            if not file.is_file() or file.stat().st_size != entry["bytes"]:
+                raise CheckpointError(
+                    f"{file}: the journal says it is complete, but it is not there or has another size: "
+                    "start anew with --fresh"
+                )
+            self.done[entry["shard"]] = entry
+        self._rewrite(lines)  # a line cut short by a kill goes
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """Record a finished shard; returns when the line is on the disk."""
+        self.done[entry["shard"]] = entry
+        with self.file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def _rewrite(self, lines: list[dict[str, Any]]) -> None:
+        partial = self.file.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+        sync(partial)
+        os.replace(partial, self.file)
+        sync(self.folder)
+
+    def remove(self) -> None:
+        """Delete the work folder; the run is complete."""
+        shutil.rmtree(self.folder)
+
+
+def _whole_lines(file: Path) -> list[dict[str, Any]]:
+    if not file.is_file():
+        return []
+    raw = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    if raw and not raw[-1].endswith("\n"):
+        raw.pop()
+    return [json.loads(line) for line in raw]
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    return [key for key in {**old, **new} if old.get(key) != new.get(key)]
+
+
+def prepare(output: Path, run: dict[str, Any], *, fresh: bool, resume: bool) -> bool:
+    """Make the output folder ready; True if it already holds this very run, finished.
+
+    Raises:
+        PlanError: the folder holds other work, which is never overwritten; or `resume` was asked for and there is
+            nothing to go on from.
+    """
+    report = output / "report.json"
+    config = output / "config.json"
+    held = _run_of(report)
+    ours = (output / WORK).is_dir() or held is not None
+    if fresh and ours:
+        _clear(output)
+    elif config.is_file() and held is not None:
+        different = _differences(held, json.loads(json.dumps(run)))
+        if not different:
+            shutil.rmtree(output / WORK, ignore_errors=True)  # killed between its last two steps
+            return True
+        raise PlanError(
+            f"{output}: holds a finished run with other {', '.join(different)}: choose another output folder, or "
+            "--fresh (fresh=True) to replace it"
+        )
+    elif not (output / WORK).is_dir() and output.is_dir() and any(output.iterdir()):
+        raise PlanError(f"{output}: holds other files, which bitpress does not overwrite: choose another output folder")
+    if output.exists() and not output.is_dir():
+        raise PlanError(f"{output}: is a file; choose a folder")
+    if resume and not (output / WORK / JOURNAL).is_file():
+        raise PlanError(f"{output}: nothing to resume there; leave --resume out to start")
+    return False
+
+
+def _run_of(report: Path) -> dict[str, Any] | None:
+    """What run a report.json is of; None if it is not one of ours."""
+    if not report.is_file():
+        return None
+    try:
+        run = json.loads(report.read_text(encoding="utf-8"))["run"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return run if isinstance(run, dict) else None
+
+
+def _clear(output: Path) -> None:
+    """Delete what a bitpress run has written, config.json first, so that no half of it looks complete."""
+    from bitpress.checkpoint import INDEX
+
+    for name in ("config.json", INDEX, "report.json", "recipe.yaml"):
+        (output / name).unlink(missing_ok=True)
+    for shard in output.glob("model-*-of-*.safetensors"):
+        shard.unlink()
+    shutil.rmtree(output / WORK, ignore_errors=True)

@@ -1,0 +1,166 @@
+"""Checkpoints as transformers models that run, and their tokenizers."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bitpress.errors import CheckpointError, ConfigError, did_you_mean
+from bitpress.inspection import UNFINISHED, Inspection, inspect_checkpoint
+
+if TYPE_CHECKING:
+    from torch import nn
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def load_model(
+    path: str | Path, dtype: str = "float32", device: str = "auto", *, trust_remote_code: bool = False
+) -> nn.Module:
+    """A checkpoint as a transformers model in evaluation mode, compressed-tensors decompressed.
+
+    Args:
+        path: a folder or a GGUF file.
+
+    Raises:
+        ConfigError: an unknown dtype, or a device that is not there.
+        CheckpointError: no finished checkpoint, pickle weights that are not trusted, weights that the
+            files lack, or a package that the format needs and that is not installed.
+    """
+    model: nn.Module = load_checkpoint(
+        open_checkpoint(path, trust_remote_code), dtype, device, trust_remote_code
+    )
+    return model
+
+
+def open_checkpoint(path: Any, trust: bool) -> Inspection:
+    """What a folder (or a hub id, fetched to the hub's cache) holds, if it can be loaded.
+
+    Raises:
+        CheckpointError: no finished checkpoint, or pickle weights that are not trusted.
+    """
+    if not Path(path).exists():
+        from bitpress.subject import locate
+
+        path = locate(path)
+    found = inspect_checkpoint(path)
+    if not found.finished:
+        raise CheckpointError(f"{path}: {UNFINISHED}")
+    if found.method != "gguf" and not found.parameters and not trust:
+        raise CheckpointError(
+            f"{path}: pickle weights can run code when read; pass trust_remote_code if you trust them, "
+            "or convert them to safetensors"
+        )
+    return found
+
+
+def load_checkpoint(found: Inspection, dtype: str, device: str, trust: bool) -> Any:
+    """The model of an inspected checkpoint; see `load_model`."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype: {dtype!r} is unknown.{did_you_mean(str(dtype), DTYPES)}")
+    on = _device(device)
+    options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+    if found.method == "compressed-tensors":
+        options["quantization_config"] = _decompressing()
+    if on.type != "cpu":
+        options["device_map"] = {"": on}
+    folder, gguf_file = _place(found)
+    if gguf_file:
+        options["gguf_file"] = gguf_file
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=trust, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError, AttributeError) as error:
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise CheckpointError(f"{found.path}: transformers cannot load it: {first}") from error
+    lacking = [*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])]
+    if lacking:
+        some = ", ".join(sorted(map(str, lacking))[:5])
+        raise CheckpointError(
+            f"{found.path}: {len(lacking)} weights of the model are missing or of another shape ({some}); "
+            "download or write it again"
+        )
+    return model.eval()
+
+
+def _decompressing() -> Any:
+    """The request to decompress at load, in the words of the installed transformers."""
+    from transformers import CompressedTensorsConfig
+
+    known = inspect.signature(CompressedTensorsConfig.__init__).parameters
+    return CompressedTensorsConfig(
+        **({"dequantize": True} if "dequantize" in known else {"run_compressed": False})
+    )
+
+
+def _place(found: Inspection) -> tuple[str, str | None]:
+    """The folder to load from, and the GGUF file in it."""
+    path = Path(found.path)
+    if path.is_file():
+        return str(path.parent), path.name
+    return str(path), min(f.name for f in path.glob("*.gguf")) if found.method == "gguf" else None
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(
+            f"device: {name!r} cannot be used ({str(error).splitlines()[0]}); try 'cpu'"
+        ) from None
+
+
+def tokenizers_of(given: Any, found: list[Inspection | None], trust: bool) -> tuple[Any, bool]:
+    """The tokenizer of the base, and whether the checkpoint's is known to be the same.
+
+    Args:
+        given: a tokenizer, or a folder of one, that stands for both.
+        found: base and checkpoint as inspected; None is a model in memory.
+
+    Raises:
+        ConfigError: a base in memory, and no tokenizer given.
+        CheckpointError: a tokenizer that cannot be loaded, or two that differ.
+    """
+    base, checkpoint = found
+    if given is not None:
+        return (_load_tokenizer(str(given), None, trust) if isinstance(given, str | Path) else given), True
+    if base is None:
+        raise ConfigError("tokenizer: a model in memory brings none; pass tokenizer=")
+    tokenizer = _load_tokenizer(*_place(base), trust)
+    # the tokenizer that GGUF holds spells the same entries in its own way
+    if checkpoint is None or checkpoint.method == "gguf" or not _has_tokenizer(checkpoint):
+        return tokenizer, False
+    if checkpoint.path != base.path:
+        other = _load_tokenizer(*_place(checkpoint), trust)
+        if other.get_vocab() != tokenizer.get_vocab():
+            raise CheckpointError(
+                f"{checkpoint.path}: its tokenizer is not that of {base.path}, so that their distributions "
+                "cannot be compared; give the base that the checkpoint was made from"
+            )
+    return tokenizer, True
+
+
+def _load_tokenizer(folder: str, gguf_file: str | None, trust: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    options = {"gguf_file": gguf_file} if gguf_file else {}
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust, **options)
+    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder}: its tokenizer cannot be loaded ({error}); pass tokenizer="
+        ) from error
+
+
+def _has_tokenizer(found: Inspection) -> bool:
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    return any((Path(found.path) / name).is_file() for name in names)

@@ -1,0 +1,324 @@
+"""Modifiers that quantize weights: round to nearest, and GPTQ."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator
+from pydantic.dataclasses import dataclass
+
+from bitpress.errors import RecipeError, did_you_mean
+from bitpress.modifiers.base import CONFIG, Float, Groups, Modifier, Names
+from bitpress.schemes import Scheme, preset, scheme_from_group
+from bitpress.targets import pattern_fault
+
+if TYPE_CHECKING:  # recipes are read without torch
+    from torch import Tensor
+
+    from bitpress.math.grid import Grid, Solved
+    from bitpress.math.stats import InputStats
+
+ActOrder = Literal["static"] | None
+ACT_ORDERS = ("none", "weight", "static")
+
+
+@dataclasses.dataclass(frozen=True)
+class SchemeGroup:
+    """Linears that share a scheme, with what is set for them alone.
+
+    Args:
+        name: the key in `config_groups`; "group_0" for a preset.
+        targets: patterns, see `bitpress.targets`.
+        actorder: "static" (GPTQ solves the columns with the largest input first) or None.
+        observer: how scales are chosen.
+    """
+
+    name: str
+    scheme: Scheme
+    targets: tuple[str, ...]
+    actorder: ActOrder
+    observer: str
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class SchemeModifier(Modifier):
+    """The keys that all quantizers share; see `QuantizationModifier`."""
+
+    essential: ClassVar[frozenset[str]] = frozenset({"scheme", "config_groups"})
+    observers: ClassVar[tuple[str, ...]] = ("minmax", "mse")
+
+    scheme: str | None = None
+    config_groups: Groups | None = None
+    targets: Names = "Linear"
+    ignore: Names = dataclasses.field(default_factory=list)
+    group_size: int | None = None
+    kv_cache_scheme: Groups | None = None
+
+    method: ClassVar[str] = ""
+
+    @property
+    def needs_data(self) -> bool:
+        """True where activations have static scales."""
+        inputs = [group.scheme.input_activations for group in self.groups()]
+        return any(args is not None and args.dynamic is not True for args in inputs)
+
+    def groups(self) -> tuple[SchemeGroup, ...]:
+        """The scheme of each group of targets, in the recipe's order."""
+        return self._read_groups()[0]
+
+    def faults(self) -> list[str]:
+        found = []
+        for key in ("targets", "ignore"):
+            found += [f"{key}: {fault}" for fault in map(pattern_fault, names(getattr(self, key))) if fault]
+        if not self.targets:
+            found.append("targets: empty, so nothing would be quantized")
+        if self.kv_cache_scheme is not None:
+            found.append("kv_cache_scheme: not implemented yet; drop it")
+        return found + self._read_groups()[1]
+
+    def notes(self) -> list[str]:
+        groups = self.config_groups
+        if groups and self.targets != "Linear" and all("targets" in names_of(g) for g in groups.values()):
+            return ["targets: has no effect: every entry of config_groups has its own"]
+        return []
+
+    def solve(
+        self, weights: Sequence[Tensor], stats: InputStats | None, group: SchemeGroup, grid: Grid
+    ) -> list[Solved]:
+        """Quantize linears that read the same input, all of one group.
+
+        Args:
+            weights: each (R_i, C) float32.
+            stats: of their common input, (C, C); None where `needs_stats` is false.
+            group: scheme and settings.
+            grid: the integer grid of the scheme.
+        """
+        raise NotImplementedError
+
+    @property
+    def needs_stats(self) -> bool:
+        """Whether `solve` reads the input's statistics."""
+        return False
+
+    def _weights_defaults(self) -> tuple[ActOrder, str]:
+        """Act-order and observer of weights that do not set their own."""
+        raise NotImplementedError
+
+    def _read_groups(self) -> tuple[tuple[SchemeGroup, ...], list[str]]:
+        if self.scheme is not None and self.config_groups is not None:
+            return (), ["scheme: give either scheme or config_groups, not both"]
+        if self.scheme is not None:
+            try:
+                scheme = preset(self.scheme, self.group_size)
+            except RecipeError as error:
+                return (), list(error.problems)
+            actorder, observer = self._weights_defaults()
+            return (SchemeGroup("group_0", scheme, names(self.targets), actorder, observer),), []
+        if not self.config_groups:
+            return (), ["scheme: missing; give a preset such as 'W4A16', or config_groups"]
+        faults = []
+        if self.group_size is not None:
+            faults.append("group_size: goes with scheme; with config_groups, set it in the group's weights")
+        groups = []
+        for name, entry in self.config_groups.items():
+            group, found = self._read_group(name, entry)
+            faults += found
+            if group is not None:
+                groups.append(group)
+        return tuple(groups), faults
+
+    def _read_group(self, name: str, entry: Any) -> tuple[SchemeGroup | None, list[str]]:
+        where = f"config_groups.{name}"
+        # `W4A16: [Linear]` is compressed-tensors' short form of a preset with targets.
+        short = isinstance(entry, list)
+        if not short and not isinstance(entry, Mapping):
+            return None, [f"{where}: expected weights and targets, got {entry!r}"]
+        targets = entry if short else entry.get("targets", self.targets)
+        faults = target_faults(targets, f"{where}.targets")
+        actorder, observer = self._weights_defaults()
+        scheme = None
+        try:
+            scheme = preset(name) if short else scheme_from_group(entry, where)
+        except RecipeError as error:
+            faults += [f"{where}: {p}" for p in error.problems] if short else error.problems
+        weights = None if short else entry.get("weights")
+        if isinstance(weights, Mapping):
+            if "actorder" in weights:
+                order = act_order(weights["actorder"])
+                faults += act_order_faults(order, f"{where}.weights.actorder")
+                actorder = None if order in (None, "none") else "static"
+            if weights.get("observer") is not None:
+                observer = weights["observer"]
+            if observer not in self.observers:
+                hint = did_you_mean(str(observer), self.observers)
+                faults.append(f"{where}.weights.observer: {observer!r} is unknown.{hint}")
+        if scheme is None or faults:
+            return None, faults
+        return SchemeGroup(name, scheme, names(targets), actorder, observer), []
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class QuantizationModifier(SchemeModifier):
+    """Rounds weights to the nearest code. Needs no data unless activations have static scales.
+
+    Args:
+        scheme: preset name such as "W4A16"; see `bitpress.schemes`. Exactly one of scheme and config_groups.
+            Default: none.
+        config_groups: compressed-tensors groups by name, each `{weights: {...}, input_activations: {...},
+            targets: [...]}`. The weights may set `observer`; targets default to the modifier's.
+            Default: none.
+        targets: linears to quantize, one pattern or a list; see `bitpress.targets`. Default: "Linear".
+        ignore: linears to leave as they are, patterns as in targets. Default: none.
+        group_size: input columns per scale in place of the preset's; -1 is one scale per output channel.
+            Default: the preset's.
+        kv_cache_scheme: not implemented yet. Default: none.
+        observer: how scales are chosen: "minmax" covers every weight, "mse" searches the least squared error.
+            Default: "minmax".
+    """
+
+    method: ClassVar[str] = "rtn"
+
+    observer: Literal["minmax", "mse"] = "minmax"
+
+    def solve(
+        self, weights: Sequence[Tensor], stats: InputStats | None, group: SchemeGroup, grid: Grid
+    ) -> list[Solved]:
+        from bitpress.math.rtn import round_to_nearest
+
+        return [round_to_nearest(w, grid, observer=group.observer) for w in weights]
+
+    def _weights_defaults(self) -> tuple[ActOrder, str]:
+        return None, self.observer
+
+    def notes(self) -> list[str]:
+        return super().notes() + [
+            f"config_groups.{group.name}.weights.actorder: has no effect: rounding has no order"
+            for group in self.groups()
+            if group.actorder is not None
+        ]
+
+
+def act_order(value: Any) -> Any:
+    """An act-order as written, in lower case; "none" and false are None."""
+    value = value.lower() if isinstance(value, str) else value
+    return None if value in ("none", False) else value
+
+
+OrderName = Annotated[str | None, BeforeValidator(act_order)]
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class GPTQModifier(SchemeModifier):
+    """Quantizes weights column by column and corrects the columns still to come (Frantar et al. 2022,
+    arXiv 2210.17323). Needs calibration data.
+
+    Args:
+        scheme: preset name such as "W4A16"; see `bitpress.schemes`. Exactly one of scheme and config_groups.
+            Default: none.
+        config_groups: compressed-tensors groups by name, each `{weights: {...}, input_activations: {...},
+            targets: [...]}`. The weights may set `actorder` and `observer`; targets default to the
+            modifier's. Default: none.
+        targets: linears to quantize, one pattern or a list; see `bitpress.targets`. Default: "Linear".
+        ignore: linears to leave as they are, patterns as in targets. Default: none.
+        group_size: input columns per scale in place of the preset's; -1 is one scale per output channel.
+            Default: the preset's.
+        kv_cache_scheme: not implemented yet. Default: none.
+        block_size: columns solved between two updates of the rest of the weight. Default: 128.
+        dampening_frac: what is added to the diagonal of the Gram matrix, as a fraction of its mean.
+            Default: 0.01.
+        actorder: "static" (also "weight") solves the columns with the largest input first and stores them in
+            their own order; "none" or null solves from left to right. Default: "static".
+        observer: how scales are chosen: "minmax" covers every weight, "mse" searches the least squared error,
+            "hessian" the least error weighted by the diagonal of the Gram matrix. Default: "hessian".
+        sequential_update: has no effect. Default: none.
+        sequential_targets: has no effect. Default: none.
+        offload_hessians: has no effect. Default: none.
+    """
+
+    observers: ClassVar[tuple[str, ...]] = ("minmax", "mse", "hessian")
+
+    method: ClassVar[str] = "gptq"
+
+    block_size: int = 128
+    dampening_frac: Float = 0.01
+    actorder: OrderName | None = "static"
+    observer: Literal["minmax", "mse", "hessian"] = "hessian"
+    sequential_update: bool | None = None
+    sequential_targets: Names | None = None
+    offload_hessians: bool | None = None
+
+    @property
+    def needs_data(self) -> bool:
+        """Always: the solver reads the Gram matrix."""
+        return True
+
+    @property
+    def needs_stats(self) -> bool:
+        return True
+
+    def solve(
+        self, weights: Sequence[Tensor], stats: InputStats | None, group: SchemeGroup, grid: Grid
+    ) -> list[Solved]:
+        from bitpress.math.gptq import gptq
+
+        assert stats is not None
+        return gptq(
+            weights,
+            stats,
+            grid,
+            observer=group.observer,
+            order=group.actorder is not None,
+            block_size=self.block_size,
+            dampening_frac=self.dampening_frac,
+        )
+
+    def faults(self) -> list[str]:
+        found = super().faults()
+        if self.block_size < 1:
+            found.append(f"block_size: must be at least 1 column, got {self.block_size}")
+        if not 0 <= self.dampening_frac < math.inf:
+            found.append(f"dampening_frac: must be 0 or a positive fraction, got {self.dampening_frac}")
+        return found + act_order_faults(self.actorder, "actorder")
+
+    def notes(self) -> list[str]:
+        idle = {
+            "sequential_update": "bitpress always goes block by block",
+            "sequential_targets": "bitpress always goes block by block",
+            "offload_hessians": "statistics of one block at a time are held",
+        }
+        return super().notes() + [
+            f"{key}: has no effect: {idle[key]}" for key in idle if getattr(self, key) is not None
+        ]
+
+    def _weights_defaults(self) -> tuple[ActOrder, str]:
+        return None if self.actorder is None else "static", self.observer
+
+
+def act_order_faults(value: Any, where: str) -> list[str]:
+    """What is wrong with an act-order that has been through `act_order`."""
+    if value is None or value in ACT_ORDERS:
+        return []
+    if value in ("group", "dynamic", True):
+        return [f"{where}: act-order groups need the GPTQ format; use 'static'"]
+    return [f"{where}: {value!r} is unknown.{did_you_mean(str(value), (*ACT_ORDERS, 'group'))}"]
+
+
+def target_faults(targets: Any, where: str) -> list[str]:
+    """What is wrong with the patterns of a group."""
+    if not targets or not isinstance(targets, str | list):
+        return [f"{where}: expected a name or a list of names, got {targets!r}"]
+    odd = [f"{where}: expected a name, got {t!r}" for t in names(targets) if not isinstance(t, str)]
+    return odd or [f"{where}: {fault}" for fault in map(pattern_fault, names(targets)) if fault]
+
+
+def names(value: str | list[str]) -> tuple[str, ...]:
+    """One name or several, as a tuple."""
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def names_of(entry: Any) -> tuple[str, ...]:
+    """The keys of a group; the short form of a preset is nothing but its targets."""
+    return tuple(entry) if isinstance(entry, Mapping) else ("targets",)

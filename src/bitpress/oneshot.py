@@ -1,0 +1,458 @@
+"""`oneshot`: compress a model with a recipe, from calibration data, without training."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bitpress.errors import ConfigError, PlanError, RecipeError
+from bitpress.progress import Progress
+from bitpress.recipe import Recipe, Stage
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from bitpress.data import CalibrationData
+    from bitpress.plan import Plan
+    from bitpress.subject import Subject
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """All arguments of `oneshot`, checked. See there."""
+
+    model: Any
+    dataset: Any = None
+    recipe: Any = None
+    tokenizer: Any = None
+    splits: Any = None
+    dataset_config_name: str | None = None
+    text_column: str = "text"
+    num_calibration_samples: int = 512
+    max_seq_length: int = 384
+    shuffle_calibration_samples: bool = True
+    concatenate_data: bool = True
+    separator: str | None = None
+    preprocessing_func: Callable[[Any], Any] | None = None
+    preprocessing_num_workers: int | None = None
+    streaming: bool = False
+    output_dir: Path | None = None
+    stage: str | None = None
+    save_compressed: bool = True
+    device: str = "auto"
+    max_memory: int | None = None
+    batch_size: int | None = None
+    min_expert_tokens: int = 256
+    seed: int = 42
+    verify: bool = True
+    resume: bool = False
+    fresh: bool = False
+    trust_remote_code_model: bool = False
+    trust_remote_code_data: bool = False
+    progress: Progress = field(default_factory=Progress)
+
+    def __post_init__(self) -> None:
+        faults = [
+            f"{name}: must be at least 1, got {getattr(self, name)!r}"
+            for name in ("num_calibration_samples", "max_seq_length", "batch_size", "min_expert_tokens")
+            if getattr(self, name) is not None and not _positive(getattr(self, name), name == "min_expert_tokens")
+        ]
+        if self.recipe is None:
+            faults.append("recipe: missing; give a recipe, or a scheme such as 'W4A16' (--scheme)")
+        if self.resume and self.fresh:
+            faults.append("resume, fresh: give one of the two")
+        if self.stage is not None and self.output_dir is None and _is_path(self.model):
+            faults.append("output_dir: missing; a stage is saved as <output_dir>/<stage>")
+        if faults:
+            raise ConfigError(faults)
+
+
+def _positive(value: Any, zero: bool) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= (0 if zero else 1)
+
+
+def _is_path(model: Any) -> bool:
+    return isinstance(model, str | os.PathLike)
+
+
+def oneshot(
+    model: str | os.PathLike[str] | nn.Module,
+    dataset: Any = None,
+    recipe: Any = None,
+    *,
+    tokenizer: Any = None,
+    processor: Any = None,
+    splits: str | Sequence[str] | Mapping[str, str] | None = None,
+    dataset_config_name: str | None = None,
+    text_column: str = "text",
+    num_calibration_samples: int = 512,
+    max_seq_length: int = 384,
+    shuffle_calibration_samples: bool = True,
+    concatenate_data: bool = True,
+    pad_to_max_length: bool | None = None,
+    separator: str | None = None,
+    preprocessing_func: Callable[[Any], Any] | None = None,
+    preprocessing_num_workers: int | None = None,
+    streaming: bool = False,
+    output_dir: str | os.PathLike[str] | None = None,
+    stage: str | None = None,
+    save_compressed: bool = True,
+    device: str = "auto",
+    max_memory: int | str | None = None,
+    batch_size: int | None = None,
+    min_expert_tokens: int = 256,
+    seed: int = 42,
+    verify: bool = True,
+    resume: bool = False,
+    fresh: bool = False,
+    trust_remote_code_model: bool = False,
+    trust_remote_code_data: bool = False,
+    progress: Progress | None = None,
+) -> Any:
+    """Compress a model in one shot.
+
+    A folder or hub id with an `output_dir` is streamed block by block in bounded memory and can be killed at any time:
+    the same call goes on where it was. Without `output_dir` it is loaded whole. A module is changed in place.
+
+    Args:
+        model: folder, hub id, or a causal language model of transformers in memory.
+        dataset: calibration data: a registered name ("ultrachat-200k", "gsm8k", ...), a hub id, a file or folder, a
+            `datasets.Dataset`, a list of texts or of message lists, a DataLoader; None: a text that bitpress ships.
+        recipe: path, YAML or JSON text, dict, modifier, or list of modifiers; see `bitpress.recipe`.
+        tokenizer: object or path; None: the model's own. `processor` is the same under another name.
+        splits: split of the data: "train[:5%]", a list, or {"calibration": ..., "train": ...}.
+        dataset_config_name: configuration of a hub dataset.
+        text_column: column that holds the text.
+        num_calibration_samples: sequences.
+        max_seq_length: tokens per sequence.
+        shuffle_calibration_samples: draw the samples at random, by `seed`, instead of taking the first.
+        concatenate_data: join texts and cut them into full sequences; else each text is one sequence, cut off.
+            Nothing is ever padded; `pad_to_max_length` is accepted and has no effect.
+        separator: text between joined documents; None: the end-of-sequence token.
+        preprocessing_func: maps a row to a row with text, messages or input_ids.
+        preprocessing_num_workers: accepted for compatibility; tokenizing uses the tokenizer's own threads.
+        streaming: do not download a hub dataset as a whole.
+        output_dir: where the checkpoint goes; with `stage`, to `<output_dir>/<stage>`.
+        stage: run this stage of the recipe alone. None: all of them.
+        save_compressed: packed weights; else dense ones beside their scales and zero points.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        max_memory: limit for the device's memory (host memory on the CPU): bytes or "8GiB".
+        batch_size: sequences per forward; None: by memory.
+        min_expert_tokens: an expert of a mixture that the router gave fewer tokens takes its statistics from all
+            tokens of the block; the report says so.
+        seed: of everything random.
+        verify: read back what was written and compare it with what was solved.
+        resume: fail if there is nothing to go on from. (Going on is automatic where the arguments match.)
+        fresh: delete what an earlier run left in `output_dir` and start anew.
+        trust_remote_code_model, trust_remote_code_data: run code that the model or the dataset brings.
+        progress: what to say while working; None: nothing.
+
+    Returns:
+        The model that was passed, changed, with a `save_pretrained` that packs; for a folder or hub id with an
+        `output_dir`, a handle that loads the checkpoint when it is used (`bitpress.result.SavedModel`).
+
+    Raises:
+        RecipeError, ConfigError, PlanError, DataError, CheckpointError: user errors, before weights are loaded.
+        NumericsError: NaN or infinity, or a Gram matrix that is not positive definite.
+    """
+    from bitpress.plan import parse_bytes
+
+    arguments = Arguments(
+        model=model, dataset=dataset, recipe=recipe, tokenizer=tokenizer if tokenizer is not None else processor,
+        splits=splits, dataset_config_name=dataset_config_name, text_column=text_column,
+        num_calibration_samples=num_calibration_samples, max_seq_length=max_seq_length,
+        shuffle_calibration_samples=shuffle_calibration_samples, concatenate_data=concatenate_data,
+        separator=separator, preprocessing_func=preprocessing_func,
+        preprocessing_num_workers=preprocessing_num_workers, streaming=streaming,
+        output_dir=None if output_dir is None else Path(output_dir), stage=stage, save_compressed=save_compressed,
+        device=device, max_memory=parse_bytes(max_memory), batch_size=batch_size,
+        min_expert_tokens=min_expert_tokens, seed=seed, verify=verify, resume=resume, fresh=fresh,
+        trust_remote_code_model=trust_remote_code_model, trust_remote_code_data=trust_remote_code_data,
+        progress=progress or Progress(),
+    )  # fmt: skip
+    return _run(arguments)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything known before a weight is loaded."""
+
+    recipe: Recipe
+    modifiers: tuple[Any, ...]
+    subject: Subject
+    plan: Plan
+    data: CalibrationData | None
+    device: torch.device
+    tokenizer: Any
+    output: Path | None
+
+
+def prepare(args: Arguments) -> Prepared:
+    """Read recipe, model and data, and hold them against each other; raises every user error."""
+    from bitpress import plan, ranks
+    from bitpress.verified import check_blocks
+
+    ranks.check()
+    recipe = Recipe.load(args.recipe)
+    chosen = recipe if args.stage is None else Recipe((recipe.stage(args.stage),))
+    modifiers = tuple(m for s in _oneshot_stages(chosen) for m in s.modifiers)
+    device = pick_device(args.device)
+    subject = open_subject(args)
+    try:
+        output = args.output_dir
+        if output is not None and args.stage is not None:
+            output = output / chosen.stages[0].name
+        first = plan.make(
+            modifiers, subject, samples=args.num_calibration_samples, length=args.max_seq_length, device=device,
+            max_memory=args.max_memory, batch_size=args.batch_size, output=output, compressed=args.save_compressed,
+        )  # fmt: skip
+        tokenizer, data = _data(args, subject) if first.needs_stats else (args.tokenizer, None)
+        check_blocks(subject, trust_remote_code=args.trust_remote_code_model)
+    except BaseException:
+        subject.close()
+        raise
+    return Prepared(chosen, modifiers, subject, first, data, device, tokenizer, output)
+
+
+def _oneshot_stages(recipe: Recipe) -> tuple[Stage, ...]:
+    if training := [s.name for s in recipe.stages if s.run_type == "train"]:
+        raise RecipeError([f"{name}: a training stage, which oneshot does not run; choose another stage" for name in training])
+    return recipe.stages
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a name; "auto" is the GPU if there is one. ConfigError if it is not there."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device: '{name}' is unknown; use auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device: '{name}' is not supported; use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: 'cuda' was asked for, but torch sees no GPU; use cpu or auto")
+    return device
+
+
+def open_subject(args: Arguments) -> Subject:
+    """The model to compress; refuses one that is quantized already."""
+    from bitpress.inspection import is_quantized
+    from bitpress.subject import FolderSubject, ModuleSubject, locate
+
+    remedy = "is quantized already ({}): start from the full-precision model"
+    if not _is_path(args.model):
+        config = getattr(args.model, "config", None)
+        if getattr(config, "quantization_config", None) is not None:
+            raise PlanError("the model " + remedy.format(type(config.quantization_config).__name__))
+        return ModuleSubject(args.model)
+    folder = locate(args.model)
+    if method := is_quantized(folder):
+        raise PlanError(f"{args.model} " + remedy.format(method))
+    if args.output_dir is not None:
+        if args.output_dir.resolve() == folder.resolve():
+            raise PlanError(f"{args.output_dir}: is the model's own folder; choose another output folder")
+        return FolderSubject(folder, trust_remote_code=args.trust_remote_code_model)
+    from transformers import AutoModelForCausalLM
+
+    FolderSubject(folder, trust_remote_code=args.trust_remote_code_model)  # its checks come before any weight
+    return ModuleSubject(
+        AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", trust_remote_code=args.trust_remote_code_model, local_files_only=True
+        )
+    )
+
+
+def _data(args: Arguments, subject: Subject) -> tuple[Any, CalibrationData]:
+    from bitpress.data import load_calibration
+
+    tokenizer = args.tokenizer
+    if tokenizer is None or _is_path(tokenizer):
+        tokenizer = find_tokenizer(tokenizer or subject.folder or getattr(subject.config, "_name_or_path", ""), args)
+    data = load_calibration(
+        args.dataset, tokenizer=tokenizer, splits=args.splits, dataset_config_name=args.dataset_config_name,
+        text_column=args.text_column, num_samples=args.num_calibration_samples, max_seq_length=args.max_seq_length,
+        pack=args.concatenate_data, separator=args.separator, shuffle=args.shuffle_calibration_samples,
+        seed=args.seed, preprocessing_func=args.preprocessing_func, streaming=args.streaming,
+        preprocessing_num_workers=args.preprocessing_num_workers, trust_remote_code=args.trust_remote_code_data,
+    )  # fmt: skip
+    _check_vocabulary(data, subject)
+    return tokenizer, data
+
+
+def find_tokenizer(place: Any, args: Arguments) -> Any:
+    """The tokenizer of a folder, None if there is none (data of token ids needs none)."""
+    from transformers import AutoTokenizer
+
+    if not place:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=args.trust_remote_code_model)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if args.tokenizer is not None:
+            raise ConfigError(f"tokenizer: {place}: {str(error).strip().splitlines()[0]}") from None
+        return None
+
+
+def _check_vocabulary(data: CalibrationData, subject: Subject) -> None:
+    from bitpress.errors import DataError
+
+    rows = subject.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator,union-attr]
+    top = max(int(s.max()) for s in data.sequences)
+    if top >= rows:
+        raise DataError(f"the data has token id {top}, but the model embeds {rows}: is it another model's tokenizer?")
+
+
+def _run(args: Arguments) -> Any:
+    from bitpress import journal, pipeline, report
+    from bitpress.output import Output
+    from bitpress.result import SavedModel, attach
+
+    started = time.perf_counter()
+    ready = prepare(args)
+    subject, plan, data = ready.subject, ready.plan, ready.data
+    identity = _identity(args, ready)
+    for note in (*plan.notes, *(data.notes if data else ())):
+        args.progress.note(note)
+    try:
+        output = None
+        numerics = _numerics(ready)
+        if ready.output is not None:
+            if journal.prepare(ready.output, identity, fresh=args.fresh, resume=args.resume):
+                args.progress.note(f"{ready.output}: complete already, nothing to do")
+                return SavedModel(ready.output) if subject.streamed else _loaded_into(ready)
+            log = journal.Journal(ready.output / journal.WORK, identity, numerics)
+            if log.done:
+                args.progress.note(f"{len(log.done)} of {len(plan.shards)} shards are finished; going on from there")
+            numerics = _adopt(log.numerics, numerics, ready.output)
+            output = Output(
+                ready.output, log, len(plan.shards), compressed=args.save_compressed, verify=args.verify
+            )
+        batches = list(data.batches(numerics["batch_size"])) if data else []
+        run = pipeline.Run(
+            subject, plan, batches, ready.device, output, args.progress, starved_below=args.min_expert_tokens
+        )
+        args.progress.begin(args.stage or ready.recipe.stages[0].name, len(subject.blocks) + 1)
+        with _frozen(numerics):
+            pipeline.execute(run)
+        args.progress.end()
+        summary = _report(args, ready, run, identity, numerics, time.perf_counter() - started)
+        text = ready.recipe.to_yaml()
+        if output is not None:
+            output.finish(subject, plan, text, summary, None if subject.folder else ready.tokenizer)
+    finally:
+        subject.close()
+    if subject.streamed:
+        assert ready.output is not None
+        return SavedModel(ready.output)
+    return attach(subject.model, plan, run.solved, text, summary)
+
+
+def _loaded_into(ready: Prepared) -> Any:
+    """A finished output read back into the module that was passed."""
+    from bitpress.result import load_into
+
+    assert ready.output is not None
+    return load_into(ready.subject, ready.plan, ready.output)
+
+
+def _identity(args: Arguments, ready: Prepared) -> dict[str, Any]:
+    """What makes two runs the same run."""
+    from bitpress.report import versions
+
+    return {
+        "recipe": hashlib.sha256(ready.recipe.to_yaml().encode()).hexdigest(),
+        "model": ready.subject.fingerprint(),
+        "data": ready.data.summary["fingerprint"] if ready.data else None,
+        "arguments": {
+            "save_compressed": args.save_compressed,
+            "min_expert_tokens": args.min_expert_tokens,
+            "batch_size": args.batch_size,
+            "max_memory": args.max_memory,
+            "seed": args.seed,
+            "stage": args.stage,
+        },
+        "versions": versions(),
+    }
+
+
+def _numerics(ready: Prepared) -> dict[str, Any]:
+    """What changes the bits of a result though it is the same run."""
+    import torch
+
+    config = ready.subject.config
+    name = torch.cuda.get_device_name(ready.device) if ready.device.type == "cuda" else "cpu"
+    return {
+        "batch_size": ready.plan.batch_size,
+        "gram_bytes": ready.plan.gram_bytes,
+        "threads": torch.get_num_threads(),
+        "device": name,
+        "dtype": str(ready.subject.dtype),
+        "attention": getattr(config, "_attn_implementation", None),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+    }
+
+
+def _adopt(recorded: dict[str, Any], now: dict[str, Any], output: Path) -> dict[str, Any]:
+    """The recorded numerics, where this process can reproduce them."""
+    fixed = ("device", "dtype", "attention", "float32_matmul_precision")
+    if different := [f"{k} was {recorded[k]}, is {now[k]}" for k in fixed if recorded[k] != now[k]]:
+        raise PlanError(f"{output}: cannot go on with the same bits: {'; '.join(different)}. Start anew with --fresh")
+    return recorded
+
+
+class _frozen:  # noqa: N801  a context manager
+    """Runs with the recorded number of threads."""
+
+    def __init__(self, numerics: dict[str, Any]) -> None:
+        self.threads = numerics["threads"]
+
+    def __enter__(self) -> None:
+        import torch
+
+        self.before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+
+    def __exit__(self, *exc: object) -> None:
+        import torch
+
+        torch.set_num_threads(self.before)
+
+
+def _report(
+    args: Arguments, ready: Prepared, run: Any, identity: dict[str, Any], numerics: dict[str, Any], seconds: float
+) -> dict[str, Any]:
+    import resource
+
+    import torch
+
+    from bitpress import report
+
+    sizes = {s.name: s.rows * s.columns for s in ready.plan.sites}
+    cuda = ready.device.type == "cuda"
+    return {
+        "layers": run.rows,
+        "totals": {
+            **report.totals(run.rows, sizes),
+            "output_bytes": ready.plan.output_bytes,
+            "seconds": round(seconds, 2),
+            "seconds_by_phase": {k: round(v, 2) for k, v in run.seconds.items()},
+            "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_device_bytes": torch.cuda.max_memory_allocated(ready.device) if cuda else 0,
+        },
+        "ignored": list(ready.plan.ignored),
+        "notes": list(ready.plan.notes) + (list(ready.data.notes) if ready.data else []),
+        "data": {k: v for k, v in ready.data.summary.items()} if ready.data else None,
+        "seed": args.seed,
+        "numerics": numerics,
+        "versions": report.versions(),
+        "run": identity,
+    }

@@ -1,0 +1,164 @@
+"""The output folder: shards as blocks finish, each read back and compared; then all else, config.json last."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitpress import formats
+from bitpress.checkpoint import (
+    copy_companions,
+    read_header,
+    read_tensors,
+    sync,
+    write_index,
+    write_json,
+    write_shard,
+    write_text,
+)
+from bitpress.errors import CheckpointError
+from bitpress.journal import Journal
+from bitpress.math.grid import Solved
+from bitpress.plan import Plan, Site
+from bitpress.subject import Subject
+
+
+class Output:
+    """Where a run writes.
+
+    Args:
+        folder: the output folder.
+        journal: of this run, in the work folder inside.
+        shards: number of shards: the blocks and the rest.
+        compressed: packed weights; else dense ones beside their scales and zero points.
+        verify: read every shard back and compare the weights with what was solved.
+    """
+
+    def __init__(self, folder: Path, journal: Journal, shards: int, *, compressed: bool, verify: bool) -> None:
+        self.folder, self.journal, self.work = folder, journal, journal.folder
+        self.shards, self.compressed, self.verify = shards, compressed, verify
+
+    def finished(self, shard: int) -> dict[str, Any] | None:
+        """The journal's entry of a shard, None if it is not finished."""
+        return self.journal.done.get(shard)
+
+    def file(self, shard: int) -> Path:
+        """Where a shard lies now: in the work folder, or in its place."""
+        name = f"model-{shard + 1:05d}-of-{self.shards:05d}.safetensors"
+        final = self.folder / name
+        return final if final.is_file() else self.work / name
+
+    def read(self, shard: int, site: Site) -> Solved:
+        """A solved linear from its shard."""
+        file = self.file(shard)
+        return read_site(lambda _: file, site, compressed=self.compressed)
+
+    def write(
+        self,
+        shard: int,
+        subject: Subject,
+        keys: Sequence[str],
+        solved: Sequence[tuple[Site, Solved]],
+        rows: list[dict[str, Any]],
+        *,
+        last: bool,
+    ) -> None:
+        """Write a shard: the stored tensors of `keys`, the solved ones in their format.
+
+        Raises:
+            CheckpointError: what is read back is not what was solved.
+        """
+        by_key = {site.key: (site, z) for site, z in solved}
+        tensors = {subject.layout.disk_of[k]: t for k, t in subject.stored(k for k in keys if k not in by_key).items()}
+        pack = formats.pack if self.compressed else formats.dense
+        for site, z in by_key.values():
+            tensors |= {f"{site.name}.{suffix}": t for suffix, t in pack(z, site.group.scheme).items()}
+        if last:
+            tensors |= subject.extra()
+        file = self.work / f"model-{shard + 1:05d}-of-{self.shards:05d}.safetensors"
+        write_shard(file, tensors)
+        if self.verify:
+            for site, z in solved:
+                self._compare(shard, site, z)
+        sizes = {name: t.numel() * t.element_size() for name, t in sorted(tensors.items())}
+        self.journal.add(
+            {"shard": shard, "file": file.name, "bytes": file.stat().st_size, "tensors": sizes, "rows": rows}
+        )
+
+    def _compare(self, shard: int, site: Site, solved: Solved) -> None:
+        if not torch.equal(self.read(shard, site).dense(), solved.dense().cpu()):
+            raise CheckpointError(
+                f"{site.name}: the weight read back from {self.file(shard).name} is not the one that was solved; "
+                "the disk or the packing is at fault, nothing has been completed"
+            )
+
+    def finish(self, subject: Subject, plan: Plan, recipe: str, report: dict[str, Any], tokenizer: Any) -> None:
+        """Complete the folder: tokenizer and the rest, report, index, shards in place, config.json, in this order."""
+        entries = [self.journal.done[i] for i in range(self.shards)]
+        if subject.folder is not None:
+            copy_companions(subject.folder, self.folder)
+        elif getattr(subject.model, "generation_config", None) is not None:
+            subject.model.generation_config.save_pretrained(self.folder)  # type: ignore[union-attr,operator]
+        if tokenizer is not None and hasattr(tokenizer, "save_pretrained"):
+            tokenizer.save_pretrained(self.folder)
+        write_text(self.folder / "recipe.yaml", recipe)
+        write_json(self.folder / "report.json", report)
+        write_index(self.folder, {e["file"]: e["tensors"] for e in entries})
+        for entry in entries:
+            if (self.work / entry["file"]).is_file():
+                os.replace(self.work / entry["file"], self.folder / entry["file"])
+        sync(self.folder)
+        for entry in entries:
+            read_header(self.folder / entry["file"])
+        write_json(self.folder / "config.json", self._config(subject, plan))
+        self.journal.remove()
+
+    def _config(self, subject: Subject, plan: Plan) -> dict[str, Any]:
+        if subject.folder is not None:
+            config: dict[str, Any] = json.loads((subject.folder / "config.json").read_text(encoding="utf-8"))
+        else:
+            config = json.loads(subject.config.to_json_string(use_diff=True))
+            config["architectures"] = [type(subject.model).__name__]
+        if "dtype" not in config and "torch_dtype" not in config:
+            config["dtype"] = str(subject.dtype).removeprefix("torch.")
+        if subject.tied:
+            config["tie_word_embeddings"] = True
+        if plan.sites:
+            config["quantization_config"] = quantization_config(plan, compressed=self.compressed)
+        return config
+
+
+def read_site(file_of: Callable[[str], Path], site: Site, *, compressed: bool) -> Solved:
+    """A solved linear from the files that hold its tensors, packed or dense beside its scales."""
+    scheme = site.group.scheme
+    describe = formats.describe if compressed else formats.describe_dense
+    names = {f"{site.name}.{suffix}": suffix for suffix in describe(scheme, site.rows, site.columns, torch.float32)}
+    tensors = read_tensors((name, file_of(name)) for name in names)
+    parts = {suffix: tensors[name] for name, suffix in names.items()}
+    return formats.unpack(parts, scheme) if compressed else formats.undense(parts, scheme)
+
+
+def quantization_config(plan: Plan, *, compressed: bool) -> dict[str, Any]:
+    """The entry of config.json that transformers and vLLM read: what all releases since 0.17 understand, no nulls."""
+    by_scheme: dict[str, list[Site]] = {}
+    for site in plan.sites:
+        by_scheme.setdefault(json.dumps(site.group.scheme.to_dict(), sort_keys=True), []).append(site)
+    groups = {}
+    # the largest group is "all Linears", the others are named one by one: names go before classes
+    for i, sites in enumerate(sorted(by_scheme.values(), key=len, reverse=True)):
+        scheme = sites[0].group.scheme
+        targets = ["Linear"] if i == 0 else list(dict.fromkeys(n for s in sites for n in (s.name, s.module)))
+        groups[f"group_{i}"] = {"targets": targets, **scheme.to_dict(), "format": scheme.format if compressed else "dense"}
+    kinds = {g["format"] for g in groups.values()}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": kinds.pop() if len(kinds) == 1 else "mixed-precision",
+        "quantization_status": "compressed" if compressed else "frozen",
+        "config_groups": groups,
+        "ignore": list(plan.ignored),
+    }

@@ -1,0 +1,254 @@
+"""The block loop: load, collect statistics, solve, install, propagate, write, next.
+
+One pass over the blocks. A block's statistics come from a forward with the blocks before it compressed; then its
+linears are solved, and one more forward with the weights as they are stored gives the next block its input.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitpress import formats, ranks
+from bitpress.blocks import Batch, collect
+from bitpress.errors import NumericsError
+from bitpress.math.grid import QParams, Solved
+from bitpress.math.stats import InputStats
+from bitpress.output import Output
+from bitpress.plan import Plan, Site, bits_per_weight, experts_in, label
+from bitpress.progress import Progress
+from bitpress.report import LayerReport
+from bitpress.states import HiddenStates
+from bitpress.subject import Subject
+
+STARVED = 256  # tokens; an expert that saw fewer takes its statistics from all tokens of the block
+
+
+@dataclass
+class Run:
+    """The inputs of one pass, and what it gathers.
+
+    Attributes:
+        batches: token ids (B, L), in order.
+        output: where shards go; None for a model in memory that is not saved.
+        rows: reports of the layers, as plain data.
+        solved: for a model in memory: scales and zero points of every solved linear.
+        seconds: time by phase.
+    """
+
+    subject: Subject
+    plan: Plan
+    batches: list[Tensor]
+    device: torch.device
+    output: Output | None
+    progress: Progress
+    starved_below: int = STARVED
+
+    def __post_init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.solved: list[tuple[Site, QParams]] = []
+        self.seconds: dict[str, float] = {}
+
+    def timed(self, phase: str, start: float) -> float:
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - start
+        return now
+
+
+def execute(run: Run) -> None:
+    """Compress every block, then the head, then write what is outside the blocks."""
+    subject, plan = run.subject, run.plan
+    total = len(subject.blocks)
+    forward = plan.needs_stats
+    work = None if run.output is None else run.output.work
+    states = HiddenStates(plan.hidden_on, run.device, work)
+    try:
+        if forward:
+            subject.load(None, run.device)
+        for index in range(total):
+            _block(run, index, states, collects=forward and index <= plan.last_block, feeds=index < plan.last_block)
+        _outside(run, states)
+    finally:
+        states.close()
+        if forward:
+            subject.unload(None)
+
+
+def _block(run: Run, index: int, states: HiddenStates, *, collects: bool, feeds: bool) -> None:
+    """One block, from its load to its shard. A finished one is only run, from its shard, where something needs it."""
+    subject, prefix, progress = run.subject, run.subject.blocks.prefix(index), run.progress
+    sites = [s for s in run.plan.sites if s.block == index]
+    clock = time.perf_counter()
+    if run.output is not None and (entry := run.output.finished(index)) is not None:
+        run.rows += entry["rows"]
+        if subject.streamed and not feeds:
+            return
+        progress.at(index, "replaying from its shard")
+        read = [(s, run.output.read(index, s)) for s in sites]
+        subject.load(prefix, run.device, {s.key: solved.dense() for s, solved in read})
+        run.solved += _kept(run, read)
+        clock = run.timed("load", clock)
+    else:
+        progress.at(index, "loading")
+        subject.load(prefix, run.device)
+        run.timed("load", clock)
+        results = _solve_sites(run, index, sites, states, collects=collects)
+        clock = time.perf_counter()
+        _store(run, index, prefix, results)
+        clock = run.timed("write", clock)
+    if feeds:
+        for i, batch in enumerate(_watched(run, states, index, "propagating", 0.7)):
+            states[i] = subject.blocks.run(index, batch)
+        run.timed("propagate", clock)
+    subject.unload(prefix)
+
+
+def _outside(run: Run, states: HiddenStates) -> None:
+    """The output head, if it is compressed, and the shard of all that is outside the blocks."""
+    total = len(run.subject.blocks)
+    sites = [s for s in run.plan.sites if s.block is None]
+    if run.output is not None and (entry := run.output.finished(total)) is not None:
+        run.rows += entry["rows"]
+        if not run.subject.streamed:
+            read = [(s, run.output.read(total, s)) for s in sites]
+            run.subject.load(None, run.device, {s.key: solved.dense() for s, solved in read})
+            run.solved += _kept(run, read)
+        return
+    if sites and not run.plan.needs_stats:
+        run.subject.load(None, run.device)
+    results = _solve_sites(run, None, sites, states, collects=run.plan.needs_stats)
+    clock = time.perf_counter()
+    _store(run, total, None, results)
+    run.timed("write", clock)
+
+
+Result = tuple[LayerReport, Site, Solved]
+
+
+def _store(run: Run, shard: int, prefix: str | None, results: list[Result]) -> None:
+    """Put the solved weights into the model, as a reader of the checkpoint will see them, and write the shard."""
+    solved = [(site, z) for _, site, z in results]
+    for site, z in solved:
+        _weight(run.subject.model, site).copy_(z.dense())
+    rows = [report.to_dict() for report, _, _ in results]
+    run.rows += rows
+    run.solved += _kept(run, solved)
+    if run.output is not None:
+        run.progress.at(shard, "writing", 0.7)
+        run.output.write(shard, run.subject, run.subject.keys(prefix), solved, rows, last=prefix is None)
+
+
+def _kept(run: Run, solved: list[tuple[Site, Solved]]) -> list[tuple[Site, QParams]]:
+    """What a model in memory keeps of its solved linears; a streamed one keeps nothing."""
+    return [] if run.subject.streamed else [(s, z.qparams.to("cpu")) for s, z in solved]
+
+
+def _weight(model: nn.Module, site: Site) -> Tensor:
+    weight = model.get_submodule(site.module).weight
+    assert isinstance(weight, Tensor)
+    return weight.detach()
+
+
+def _solve_sites(
+    run: Run, index: int | None, sites: list[Site], states: HiddenStates, *, collects: bool
+) -> list[Result]:
+    """Statistics, in as many passes as memory asks for, and the algebra on them; weights are not yet changed."""
+    blocks = run.subject.blocks
+    at = len(blocks) if index is None else index
+    results: dict[str, Result] = {}
+    needy = [s for s in sites if collects and s.modifier.needs_stats]
+    clock = time.perf_counter()
+    for site in sites:
+        if site not in needy:
+            run.progress.at(at, "rounding")
+            results |= _solve(run, [site], None, "")
+    run.timed("solve", clock)
+    experts = experts_in(run.subject, index) if index is not None else []
+    visit = blocks.visit_tail if index is None else partial(blocks.visit, index)
+
+    def gather(wanted: list[Site], policy: str) -> list[Site]:
+        """Solve them; returns the experts' sites that saw too few tokens (with a policy: none are let off)."""
+        by_module = {s.module: s for s in wanted}
+        waiting, starved = list(by_module), []
+        while waiting:
+            clock = time.perf_counter()
+            modules = {m: run.subject.model.get_submodule(m) for m in waiting}
+            batches = _watched(run, states, at, "statistics", 0.0)
+            got = collect(visit, modules, batches, budget=run.plan.gram_bytes, leave_early=not experts)
+            clock = run.timed("statistics", clock)
+            run.progress.at(at, "solving", 0.4)
+            met = set(got.deferred)
+            for own, readers in got.groups:
+                met.update(readers)
+                stats, group = ranks.reduce(own), [by_module[m] for m in readers]
+                if not policy and group[0].expert is not None and stats.tokens < run.starved_below:
+                    starved += group
+                else:
+                    results.update(_solve(run, group, stats, policy))
+            run.timed("solve", clock)
+            for site in (by_module[m] for m in waiting if m not in met):
+                if site.expert is None or policy:
+                    raise NumericsError(f"{site.name}: never called, so it has no statistics; add it to ignore")
+                starved.append(site)
+            waiting = list(got.deferred)
+        return starved
+
+    if starved := gather(needy, ""):
+        for module in experts:
+            path = next(n for n, m in run.subject.experts.items() if m is module)
+            module.on_all_tokens = frozenset(s.expert for s in starved if s.module.startswith(path + "."))
+        try:
+            gather(starved, f"all tokens of the block: the router gave it fewer than {run.starved_below}")
+        finally:
+            for module in experts:
+                module.on_all_tokens = frozenset()
+    return [results[s.name] for s in sites]
+
+
+def _solve(run: Run, sites: list[Site], stats: InputStats | None, policy: str) -> dict[str, Result]:
+    """Linears that read the same input: one call of a modifier for those of one scheme."""
+    results: dict[str, Result] = {}
+    parts: dict[tuple[int, str], list[Site]] = {}
+    for site in sites:
+        parts.setdefault((id(site.modifier), site.group.name), []).append(site)
+    for part in parts.values():
+        clock = time.perf_counter()
+        grid = formats.grid_of(part[0].group.scheme, run.subject.dtype)
+        weights = [_weight(run.subject.model, s).float() for s in part]
+        for site, weight in zip(part, weights, strict=True):
+            if not torch.isfinite(weight).all():
+                raise NumericsError(f"{site.name}: NaN or infinity in the weight; the checkpoint is damaged")
+        try:
+            solved = part[0].modifier.solve(weights, stats, part[0].group, grid)
+        except NumericsError as error:
+            raise NumericsError(f"{part[0].name}: {error}") from None
+        solved = ranks.broadcast(solved)
+        seconds = (time.perf_counter() - clock) / len(part)
+        for site, z in zip(part, solved, strict=True):
+            report = LayerReport(
+                name=site.name,
+                method=site.modifier.method,
+                scheme=label(site.group),
+                rel_error=float(z.error),
+                error_of="weight" if stats is None else "output",
+                bits_per_weight=bits_per_weight(site, run.subject.dtype),
+                sparsity=float((z.dense() == 0).float().mean()),
+                tokens=0 if stats is None else stats.tokens,
+                policy=policy,
+                seconds=seconds,
+            )
+            results[site.name] = (report, site, z)
+    return results
+
+
+def _watched(run: Run, states: HiddenStates, at: int, doing: str, start: float) -> Iterator[Batch]:
+    """All batches with their hidden states, reporting progress; a stage's half of a block starts at `start`."""
+    for i, ids in enumerate(run.batches):
+        run.progress.at(at, doing, start + 0.4 * i / len(run.batches))
+        yield ids.to(run.device), states[i]

@@ -1,0 +1,89 @@
+"""What a run says while it works: nothing, plain lines, or one live display. The command line chooses."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+
+class Progress:
+    """Says nothing. The others override `begin`, `at`, `note`, `end`."""
+
+    def begin(self, stage: str, total: int) -> None:
+        """A stage of `total` blocks starts."""
+
+    def at(self, block: int, doing: str, share: float = 0.0) -> None:
+        """Block number `block` (from 0) is at work; `share` of it is done."""
+
+    def note(self, text: str) -> None:
+        """Something the user should know."""
+
+    def end(self) -> None:
+        """The stage is over."""
+
+
+class Lines(Progress):
+    """A line a block, for logs and pipes. `verbose`: a line a phase."""
+
+    def __init__(self, console: Any, verbose: bool = False) -> None:
+        self.console, self.verbose = console, verbose
+        self._last: tuple[int, str] = (-1, "")
+
+    def begin(self, stage: str, total: int) -> None:
+        self.stage, self.total, self.start, self.first = stage, total, time.monotonic(), None
+
+    def at(self, block: int, doing: str, share: float = 0.0) -> None:
+        if self.first is None:
+            self.first = block
+        new = block != self._last[0]
+        if not new and (not self.verbose or doing == self._last[1]):
+            return
+        self._last = (block, doing)
+        spent, done = time.monotonic() - self.start, block - self.first
+        eta = f", ETA {clock(spent / done * (self.total - block))}" if done else ""
+        self.console.print(f"{self.stage}: {block + 1} of {self.total}: {doing}{eta}", highlight=False)
+
+    def note(self, text: str) -> None:
+        self.console.print(f"note: {text}", highlight=False, markup=False)
+
+
+class Live(Progress):
+    """One display that is redrawn: stage, bar, block i of n, what is happening, time left."""
+
+    def __init__(self, console: Any) -> None:
+        from rich import progress
+
+        self.bars = progress.Progress(
+            progress.TextColumn("[bold]{task.description}"),
+            progress.BarColumn(),
+            progress.TextColumn("{task.fields[at]} of {task.total}"),
+            progress.TextColumn("{task.fields[doing]}"),
+            progress.TimeElapsedColumn(),
+            progress.TextColumn("ETA"),
+            progress.TimeRemainingColumn(),
+            console=console,
+        )
+
+    def begin(self, stage: str, total: int) -> None:
+        self.task = self.bars.add_task(stage, total=total, at=1, doing="")
+        self.bars.start()
+
+    def at(self, block: int, doing: str, share: float = 0.0) -> None:
+        self.bars.update(self.task, completed=block + share, at=block + 1, doing=doing)
+
+    def note(self, text: str) -> None:
+        self.bars.console.print(f"note: {text}", highlight=False, markup=False)
+
+    def end(self) -> None:
+        self.bars.update(self.task, completed=self.bars.tasks[-1].total, doing="done")
+        self.bars.stop()
+
+
+def clock(seconds: float) -> str:
+    """Seconds for people: `42 s`, `3 min 20 s`, `2 h 5 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

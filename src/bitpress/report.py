@@ -1,0 +1,72 @@
+"""What a run did, a row a layer: for report.json and the terminal."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict, dataclass
+from typing import Any
+
+MODULES = ("bitpress", "torch", "transformers", "compressed-tensors", "safetensors")
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One compressed linear.
+
+    Attributes:
+        name: its name on disk.
+        method, scheme: such as "gptq", "W4A16 g64".
+        rel_error: share of energy lost, of the output tr(dW G dW^T) / tr(W G W^T) if `error_of` is "output", of the
+            weight |dW|^2 / |W|^2 if it is "weight" (no data was needed).
+        bits_per_weight: scales and zero points counted.
+        sparsity: share of zeros in the stored weight.
+        tokens: calibration tokens that this linear's input had; 0 without data.
+        policy: "" or why the statistics are not those of its own input.
+        seconds: solving time of the linears that share its input, divided among them.
+    """
+
+    name: str
+    method: str
+    scheme: str
+    rel_error: float
+    error_of: str
+    bits_per_weight: float
+    sparsity: float
+    tokens: int
+    policy: str
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, rounded to what is meaningful."""
+        row = asdict(self)
+        row["rel_error"] = float(f"{self.rel_error:.5g}")
+        row["sparsity"] = round(self.sparsity, 5)
+        row["bits_per_weight"] = round(self.bits_per_weight, 5)
+        row["seconds"] = round(self.seconds, 4)
+        return row
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    from importlib.metadata import version
+
+    return {"python": platform.python_version(), **{name: version(name) for name in MODULES}}
+
+
+def totals(rows: list[dict[str, Any]], sizes: dict[str, int]) -> dict[str, Any]:
+    """Sums and means over the rows; `sizes` maps a linear's name to its number of weights."""
+    weights = sum(sizes[r["name"]] for r in rows)
+    if not weights:
+        return {"layers": 0}
+
+    def mean(key: str) -> float:
+        return sum(r[key] * sizes[r["name"]] for r in rows) / weights
+
+    return {
+        "layers": len(rows),
+        "weights": weights,
+        "bits_per_weight": round(mean("bits_per_weight"), 4),
+        "mean_rel_error": float(f"{mean('rel_error'):.5g}"),
+        "sparsity": round(mean("sparsity"), 5),
+        "policies": sum(bool(r["policy"]) for r in rows),
+    }

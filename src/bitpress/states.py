@@ -1,0 +1,60 @@
+"""Hidden states between two blocks, one tensor a batch: on the device, in host memory, or on disk."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+class HiddenStates:
+    """The hidden states of all batches.
+
+    Args:
+        where: "device", "host" or "disk".
+        device: where they are used.
+        folder: for "disk": where their files go; they are deleted at the end.
+    """
+
+    def __init__(self, where: str, device: torch.device, folder: Path | None = None) -> None:
+        self.where, self.device = where, device
+        self._tensors: dict[int, Tensor] = {}
+        self._files: set[int] = set()
+        if where == "disk":
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+            self._folder = Path(tempfile.mkdtemp(prefix="states-", dir=folder))
+
+    def __getitem__(self, batch: int) -> Tensor | None:
+        """The states of a batch (B, L, C) on the device; None before the first block."""
+        if self.where == "disk":
+            if batch not in self._files:
+                return None
+            loaded: Tensor = torch.load(self._file(batch), weights_only=True)
+            return loaded.to(self.device)
+        held = self._tensors.get(batch)
+        return None if held is None else held.to(self.device, non_blocking=True)
+
+    def __setitem__(self, batch: int, states: Tensor) -> None:
+        if self.where == "disk":
+            torch.save(states.cpu(), self._file(batch))
+            self._files.add(batch)
+        elif self.where == "host" and self.device.type == "cuda":
+            held = self._tensors.get(batch)
+            if held is None:
+                held = torch.empty(states.shape, dtype=states.dtype, pin_memory=True)
+            self._tensors[batch] = held.copy_(states)
+        else:
+            self._tensors[batch] = states
+
+    def _file(self, batch: int) -> Path:
+        return self._folder / f"{batch}.pt"
+
+    def close(self) -> None:
+        """Free memory and files."""
+        self._tensors.clear()
+        if self.where == "disk":
+            shutil.rmtree(self._folder, ignore_errors=True)

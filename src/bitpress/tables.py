@@ -1,0 +1,120 @@
+"""Results as tables for a terminal. Nothing here prints."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from bitpress.schemes import PRESETS
+
+if TYPE_CHECKING:
+    from bitpress.evaluate import Evaluation
+    from bitpress.inspection import Inspection
+    from bitpress.recognise import QuantizedLayer
+
+
+def evaluation_table(result: Evaluation) -> Table:
+    """Base and checkpoint side by side; the caption names the text and what differs from the request."""
+    about = f"{result.windows} windows of up to {result.length} tokens of {result.text}"
+    table = Table(caption=Text("\n".join((about, *result.notes))), caption_justify="left")
+    for name in ("", "base", "checkpoint", "change"):
+        table.add_column(name, justify="left" if name == "" else "right")
+    base, own = result.base_perplexity, result.perplexity
+    table.add_row("perplexity", f"{base:.4f}", f"{own:.4f}", _change(base, own))
+    table.add_row("KL to base, mean (nats)", "", f"{result.kl:.5f}", "")
+    table.add_row("KL to base, 99 % (nats)", "", f"{result.kl_p99:.5f}", "")
+    table.add_row("same top token", "", f"{result.top1:.2%}", "")
+    sizes = result.base_bytes, result.bytes
+    table.add_row("size", *map(_size, sizes), _change(*sizes))
+    speeds = result.base_tokens_per_second, result.tokens_per_second
+    table.add_row("forward (tokens/s)", *(f"{speed:,.0f}" for speed in speeds), _change(*speeds))
+    return table
+
+
+def inspection_table(inspection: Inspection, limit: int | None = None) -> RenderableType:
+    """What a checkpoint is, and its quantized linears.
+
+    Args:
+        limit: with more linears than this, those of one kind and scheme share a row; None is a row each.
+    """
+    parts: list[RenderableType] = [_facts(inspection)]
+    layers = inspection.layers
+    if layers and (limit is None or len(layers) <= limit):
+        parts.append(_layer_rows(layers))
+    elif layers:
+        counts = Counter(_label(layer) for layer in layers)
+        parts += [Text(f"{count} layers {label}") for label, count in counts.most_common()]
+        parts.append(_kind_rows(layers))
+    parts += [Text(f"note: {message}") for message in inspection.messages]
+    return Group(*parts)
+
+
+def _facts(inspection: Inspection) -> Table:
+    method = inspection.method + (f" ({inspection.format})" if inspection.format else "")
+    model = [*inspection.architectures[:1], inspection.model_type, inspection.dtype]
+    size = f"{_size(inspection.bytes)} in {inspection.shards} files"
+    if inspection.bits_per_parameter is not None:
+        size += (
+            f", {inspection.parameters:,} parameters, {inspection.bits_per_parameter:.2f} bits per parameter"
+        )
+    rows = {
+        "checkpoint": inspection.path,
+        "method": method,
+        "model": ", ".join(str(word) for word in model if word),
+        "size": size,
+        "ignored": ", ".join(inspection.ignored),
+        "tied": "output head and input embedding are one" if inspection.tied_embeddings else "",
+    }
+    if inspection.bits_per_weight is not None:
+        rows["quantized"] = (
+            f"{len(inspection.layers)} linears, {_size(inspection.quantized_bytes)}, "
+            f"{inspection.bits_per_weight:.3f} bits per weight"
+        )
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows.items():
+        if value:
+            table.add_row(name, Text(value))
+    return table
+
+
+def _layer_rows(layers: Sequence[QuantizedLayer]) -> Table:
+    table = Table("layer", "shape", "scheme")
+    table.add_column("bits/weight", justify="right")
+    for layer in layers:
+        shape = f"{layer.rows} x {layer.columns}"
+        table.add_row(Text(layer.name), shape, _label(layer), f"{layer.bits_per_weight:.3f}")
+    return table
+
+
+def _kind_rows(layers: Sequence[QuantizedLayer]) -> Table:
+    """One row for each scheme of each kind: the last part of the name, such as q_proj."""
+    groups: dict[tuple[str, str], list[QuantizedLayer]] = {}
+    for layer in layers:
+        groups.setdefault((layer.name.rpartition(".")[2], _label(layer)), []).append(layer)
+    table = Table("kind", "scheme")
+    for name in ("layers", "weights", "bits/weight"):
+        table.add_column(name, justify="right")
+    for (kind, label), group in groups.items():
+        weights = sum(layer.rows * layer.columns for layer in group)
+        bits = 8 * sum(layer.bytes for layer in group) / weights
+        table.add_row(kind, label, str(len(group)), f"{weights:,}", f"{bits:.3f}")
+    return table
+
+
+def _label(layer: QuantizedLayer) -> str:
+    """A preset does not say its group size; the other descriptions do."""
+    known = layer.group_size is None or layer.scheme not in PRESETS
+    return layer.scheme if known else f"{layer.scheme} g{layer.group_size}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB" if count < 1e10 else f"{count / 1e9:,.1f} GB"
+
+
+def _change(before: float, after: float) -> str:
+    return f"{after / before - 1:+.1%}" if before else ""
