@@ -34,13 +34,12 @@ class Runner:
 
     def __init__(self, work: Path, samples: int, length: int, seed: int) -> None:
         self.options = ["--recipe", str(work / "recipe.json"), "--dataset", str(work / "rows.jsonl")]
-        self.options += ["--num-calibration-samples", str(samples), "--max-seq-length", str(length)]
+        self.options += ["--num-samples", str(samples), "--max-seq-length", str(length)]
         self.options += ["--seed", str(seed)]
         self.model, self.log = work / "model", work / "log.txt"
 
     def start(self, out: Path) -> subprocess.Popen[bytes]:
-        # --recipe, --dataset and the rest carry the names of the arguments of bitpress.oneshot.
-        command = [*BITPRESS, "oneshot", str(self.model), *self.options, "--output-dir", str(out)]
+        command = [*BITPRESS, "oneshot", str(self.model), *self.options, "--output", str(out)]
         with self.log.open("wb") as log:
             return subprocess.Popen(
                 command,

@@ -31,6 +31,7 @@ def main() -> None:
             "dataset": Dataset.from_dict({"input_ids": rows}),
             "num_calibration_samples": len(rows),
             "max_seq_length": args.length,
+            "shuffle_calibration_samples": False,
         }
     quantize = timed(
         lambda: oneshot(

@@ -157,9 +157,16 @@ def write_shard(file: Path, tensors: Mapping[str, Tensor]) -> None:
     partial = file.with_suffix(".partial")
     ready = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     save_file(ready, partial, metadata={"format": "pt"})
+    partial.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
     sync(partial)
     os.replace(partial, file)
     sync(file.parent)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def write_text(file: Path, text: str) -> None:

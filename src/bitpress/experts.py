@@ -8,6 +8,7 @@ their own. The outputs are the same.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ class Expert(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
-        fused = self._fused[0]
+        fused: Any = self._fused[0]
         custom = getattr(fused, "_apply_gate", None)
         hidden = custom(torch.cat([gate, up], -1)) if custom is not None else fused.act_fn(gate) * up
         out: Tensor = self.down_proj(hidden)
@@ -47,12 +48,13 @@ class UnfusedExperts(nn.ModuleList):
         middle = down.shape[2]
         for e in range(gate_up.shape[0]):
             parts = (gate_up[e, :middle], gate_up[e, middle:], down[e])
-            experts.append(Expert(*(_linear(p) for p in parts), fused))
+            gate, up, down_proj = (_linear(p) for p in parts)
+            experts.append(Expert(gate, up, down_proj, fused))
         super().__init__(experts)
         self.on_all_tokens: frozenset[int] = frozenset()
         self.fused = (fused,)
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         out = torch.zeros_like(hidden_states)
         for e, expert in enumerate(self):
             if e in self.on_all_tokens:

@@ -250,9 +250,9 @@ def open_subject(args: Arguments) -> Subject:
 
     remedy = "is quantized already ({}): start from the full-precision model"
     if not _is_path(args.model):
-        config = getattr(args.model, "config", None)
-        if getattr(config, "quantization_config", None) is not None:
-            raise PlanError("the model " + remedy.format(type(config.quantization_config).__name__))
+        held = getattr(getattr(args.model, "config", None), "quantization_config", None)
+        if held is not None:
+            raise PlanError("the model " + remedy.format(type(held).__name__))
         return ModuleSubject(args.model)
     folder = locate(args.model)
     if method := is_quantized(folder):
@@ -305,7 +305,7 @@ def find_tokenizer(place: Any, args: Arguments) -> Any:
 def _check_vocabulary(data: CalibrationData, subject: Subject) -> None:
     from bitpress.errors import DataError
 
-    rows = subject.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator,union-attr]
+    rows = subject.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     top = max(int(s.max()) for s in data.sequences)
     if top >= rows:
         raise DataError(f"the data has token id {top}, but the model embeds {rows}: is it another model's tokenizer?")
@@ -340,7 +340,7 @@ def _run(args: Arguments) -> Any:
         run = pipeline.Run(
             subject, plan, batches, ready.device, output, args.progress, starved_below=args.min_expert_tokens
         )
-        args.progress.begin(args.stage or ready.recipe.stages[0].name, len(subject.blocks) + 1)
+        args.progress.begin(args.stage or ready.recipe.stages[0].name, len(subject.blocks))
         with _frozen(numerics):
             pipeline.execute(run)
         args.progress.end()

@@ -202,7 +202,9 @@ def _solve_sites(
     if starved := gather(needy, ""):
         for module in experts:
             path = next(n for n, m in run.subject.experts.items() if m is module)
-            module.on_all_tokens = frozenset(s.expert for s in starved if s.module.startswith(path + "."))
+            module.on_all_tokens = frozenset(
+                s.expert for s in starved if s.expert is not None and s.module.startswith(path + ".")
+            )
         try:
             gather(starved, f"all tokens of the block: the router gave it fewer than {run.starved_below}")
         finally:

@@ -21,7 +21,7 @@ from bitpress.errors import ConfigError, PlanError
 from bitpress.experts import UnfusedExperts, fused_left
 from bitpress.math.stats import GramAccumulator
 from bitpress.modifiers.quantization import SchemeGroup, SchemeModifier, names
-from bitpress.subject import Subject
+from bitpress.subject import Subject, output_head
 from bitpress.targets import LinearName, resolve
 
 PROCESS_BYTES = 900 << 20  # python, torch and transformers themselves, as measured
@@ -226,7 +226,7 @@ def _sites(
 
 
 def _head_name(subject: Subject) -> str | None:
-    head = subject.model.get_output_embeddings() if hasattr(subject.model, "get_output_embeddings") else None
+    head = output_head(subject.model)
     return next((n for n, m in subject.model.named_modules() if m is head and head is not None), None)
 
 

@@ -30,10 +30,11 @@ class Lines(Progress):
         self._last: tuple[int, str] = (-1, "")
 
     def begin(self, stage: str, total: int) -> None:
-        self.stage, self.total, self.start, self.first = stage, total, time.monotonic(), None
+        self.stage, self.total, self.start = stage, total, time.monotonic()
+        self.first = -1  # a resumed run starts in the middle
 
     def at(self, block: int, doing: str, share: float = 0.0) -> None:
-        if self.first is None:
+        if self.first < 0:
             self.first = block
         new = block != self._last[0]
         if not new and (not self.verbose or doing == self._last[1]):
@@ -41,7 +42,7 @@ class Lines(Progress):
         self._last = (block, doing)
         spent, done = time.monotonic() - self.start, block - self.first
         eta = f", ETA {clock(spent / done * (self.total - block))}" if done else ""
-        self.console.print(f"{self.stage}: {block + 1} of {self.total}: {doing}{eta}", highlight=False)
+        self.console.print(f"{self.stage}: {place(block, self.total)}: {doing}{eta}", highlight=False)
 
     def note(self, text: str) -> None:
         self.console.print(f"note: {text}", highlight=False, markup=False)
@@ -56,7 +57,7 @@ class Live(Progress):
         self.bars = progress.Progress(
             progress.TextColumn("[bold]{task.description}"),
             progress.BarColumn(),
-            progress.TextColumn("{task.fields[at]} of {task.total}"),
+            progress.TextColumn("{task.fields[at]}"),
             progress.TextColumn("{task.fields[doing]}"),
             progress.TimeElapsedColumn(),
             progress.TextColumn("ETA"),
@@ -65,11 +66,11 @@ class Live(Progress):
         )
 
     def begin(self, stage: str, total: int) -> None:
-        self.task = self.bars.add_task(stage, total=total, at=1, doing="")
+        self.task = self.bars.add_task(stage, total=total, at="", doing="")
         self.bars.start()
 
     def at(self, block: int, doing: str, share: float = 0.0) -> None:
-        self.bars.update(self.task, completed=block + share, at=block + 1, doing=doing)
+        self.bars.update(self.task, completed=block + share, at=place(block, self.bars.tasks[-1].total), doing=doing)
 
     def note(self, text: str) -> None:
         self.bars.console.print(f"note: {text}", highlight=False, markup=False)
@@ -77,6 +78,11 @@ class Live(Progress):
     def end(self) -> None:
         self.bars.update(self.task, completed=self.bars.tasks[-1].total, doing="done")
         self.bars.stop()
+
+
+def place(block: int, total: float | None) -> str:
+    """Where a run is: `block 3 of 30`; after the last block, what is outside them."""
+    return f"block {block + 1} of {total:.0f}" if block < (total or 0) else "embeddings and head"
 
 
 def clock(seconds: float) -> str:

@@ -60,7 +60,7 @@ def totals(rows: list[dict[str, Any]], sizes: dict[str, int]) -> dict[str, Any]:
         return {"layers": 0}
 
     def mean(key: str) -> float:
-        return sum(r[key] * sizes[r["name"]] for r in rows) / weights
+        return float(sum(r[key] * sizes[r["name"]] for r in rows)) / weights
 
     return {
         "layers": len(rows),

@@ -197,7 +197,7 @@ class FolderSubject(Subject):
             _set_tensor(self.model, key, tensor, device)
         if prefix is None:
             if self.tied:
-                self.model.tie_weights()
+                self.model.tie_weights()  # type: ignore[operator]
             for name, buffer in self.model.named_buffers():
                 _set_buffer(self.model, name, buffer.to(device))
 
@@ -297,9 +297,15 @@ class ModuleSubject(Subject):
         self.model.train(self._was_training)
 
 
+def output_head(model: Any) -> nn.Module | None:
+    """The output head of a language model, if it has one."""
+    head: nn.Module | None = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return head
+
+
 def _tied_names(model: nn.Module) -> list[str]:
     """Names of the output head's tensors, which a tied checkpoint need not hold."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = output_head(model)
     return [f"{n}.weight" for n, m in model.named_modules() if m is head]
 
 

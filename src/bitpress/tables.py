@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -15,6 +15,7 @@ from bitpress.schemes import PRESETS
 if TYPE_CHECKING:
     from bitpress.evaluate import Evaluation
     from bitpress.inspection import Inspection
+    from bitpress.plan import Plan, Site
     from bitpress.recognise import QuantizedLayer
 
 
@@ -54,10 +55,65 @@ def inspection_table(inspection: Inspection, limit: int | None = None) -> Render
     return Group(*parts)
 
 
+def plan_table(plan: Plan, limit: int | None) -> RenderableType:
+    """What a run would do: sites by kind (or each, if there are no more than `limit`, or it is None), and its cost."""
+    from bitpress.plan import bits_per_weight, label
+
+    table = Table("linear", "method", "scheme")
+    for name in ("linears", "shape", "bits/weight"):
+        table.add_column(name, justify="right")
+    groups: dict[tuple[str, ...], list[Site]] = {}
+    for site in plan.sites:
+        whole = limit is None or len(plan.sites) <= limit
+        name = site.name if whole else site.name.rpartition(".")[2]
+        groups.setdefault(
+            (name, site.modifier.method, label(site.group), f"{site.rows} x {site.columns}"), []
+        ).append(site)
+    for (name, method, scheme, shape), sites in groups.items():
+        table.add_row(Text(name), method, scheme, str(len(sites)), shape, f"{bits_per_weight(sites[0]):.3f}")
+    cost = Table.grid(padding=(0, 2))
+    cost.add_row("output", f"{_size(plan.output_bytes)} ({plan.output_bytes:,} bytes of weights, exact)")
+    cost.add_row("host memory", f"about {_size(plan.host_bytes)}")
+    if plan.device_bytes:
+        cost.add_row("device memory", f"about {_size(plan.device_bytes)}")
+    if plan.needs_stats:
+        cost.add_row("batch", f"{plan.batch_size} sequences, hidden states on the {plan.hidden_on}")
+    cost.add_row("left as they are", Text(", ".join(plan.ignored[:8]) + (" ..." if len(plan.ignored) > 8 else "")))
+    return Group(table, cost)
+
+
+def report_table(report: Mapping[str, Any], limit: int | None) -> RenderableType:
+    """A run's report.json: layers by kind (or each, if there are no more than `limit`, or it is None), and totals."""
+    rows = report["layers"]
+    table = Table("linear", "method", "scheme")
+    for name in ("linears", "lost energy, mean", "worst", "bits/weight"):
+        table.add_column(name, justify="right")
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        name = row["name"] if limit is None or len(rows) <= limit else row["name"].rpartition(".")[2]
+        groups.setdefault((name, row["method"], row["scheme"]), []).append(row)
+    for (name, method, scheme), group in groups.items():
+        errors = [row["rel_error"] for row in group]
+        bits = f"{group[0]['bits_per_weight']:.3f}"
+        mean = f"{sum(errors) / len(errors):.3%}"
+        table.add_row(Text(name), method, scheme, str(len(group)), mean, f"{max(errors):.3%}", bits)
+    totals = report["totals"]
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("weights written", _size(totals["output_bytes"]))
+    facts.add_row("time", f"{totals['seconds']:.1f} s")
+    facts.add_row("peak memory", f"{_size(totals['peak_host_bytes'])} host")
+    if totals["peak_device_bytes"]:
+        facts.add_row("", f"{_size(totals['peak_device_bytes'])} device")
+    if totals.get("policies"):
+        facts.add_row("policy", f"{totals['policies']} linears of experts took statistics from all tokens; see report.json")
+    return Group(table, facts)
+
+
 def _facts(inspection: Inspection) -> Table:
     method = inspection.method + (f" ({inspection.format})" if inspection.format else "")
     model = [*inspection.architectures[:1], inspection.model_type, inspection.dtype]
-    size = f"{_size(inspection.bytes)} in {inspection.shards} files"
+    files = "1 file" if inspection.shards == 1 else f"{inspection.shards} files"
+    size = f"{_size(inspection.bytes)} in {files}"
     if inspection.bits_per_parameter is not None:
         size += (
             f", {inspection.parameters:,} parameters, {inspection.bits_per_parameter:.2f} bits per parameter"

@@ -38,8 +38,8 @@ def open_local(path: Path, *, builder: str = "", config: str | None = None) -> d
     """Open a file or a folder.
 
     Args:
-        path: jsonl, json, csv, tsv, parquet, arrow or txt file; a folder of such files of one kind; a folder of
-            `save_to_disk`.
+        path: jsonl, json, csv, tsv, parquet, arrow or txt file; a folder of such files of one kind; a
+            folder of `save_to_disk`.
         builder: reader of `datasets` for files without a known suffix; "" goes by the suffix.
         config: configuration name, for a folder that describes several.
 
@@ -58,25 +58,31 @@ def open_local(path: Path, *, builder: str = "", config: str | None = None) -> d
         return {"train": [_read_text(path)]}
     reader = builder or _READERS.get(suffix)
     if reader is None:
-        raise DataError(f"{path}: unknown kind of file '{path.suffix}'. Known: {', '.join(sorted(_SUFFIXES))}.")
+        raise DataError(
+            f"{path}: unknown kind of file '{path.suffix}'. Known: {', '.join(sorted(_SUFFIXES))}."
+        )
     return _load([path], reader, tabs=suffix == ".tsv")
 
 
 def _open_folder(path: Path, builder: str, config: str | None) -> dict[str, Any]:
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         return _load_saved(path)
-    files = sorted(f for f in path.rglob("*") if f.is_file() and f.name not in _SIDE_FILES and _visible(f, path))
+    files = sorted(
+        f for f in path.rglob("*") if f.is_file() and f.name not in _SIDE_FILES and _visible(f, path)
+    )
     kinds = {_suffix(f) for f in files} & set(_SUFFIXES)
     if not kinds and not builder:
         raise DataError(f"{path}: no data in this folder. Known kinds: {', '.join(sorted(_SUFFIXES))}.")
     # a README may describe which files are data: then `datasets` reads it
     described = (path / "README.md").exists() and ".txt" not in kinds
     if len({_READERS.get(k, k) for k in kinds}) > 1 and not described:
-        raise DataError(f"{path}: files of several kinds ({', '.join(sorted(kinds))}). Give a file, or one kind a folder.")
+        raise DataError(
+            f"{path}: files of several kinds ({', '.join(sorted(kinds))}). Give a file, or a folder of one kind."
+        )
     if kinds == {".txt"} and not builder:
         return {"train": [_read_text(f) for f in files if _suffix(f) == ".txt"]}
     if described or len(kinds) == 1 and ".tsv" not in kinds:
-        return _guarded(lambda d: d.load_dataset(str(path), name=config), str(path))
+        return dict(_guarded(lambda d: d.load_dataset(str(path), name=config), str(path)))
     return _load(files, builder or _READERS[min(kinds)], tabs=kinds == {".tsv"})
 
 
@@ -92,7 +98,7 @@ def _load(files: list[Path], reader: str, *, tabs: bool) -> dict[str, Any]:
         raise DataError(f"{files[0]}: empty: the file has no rows.")
     options = {"sep": "\t"} if tabs else {}
     names = [str(f) for f in files]
-    return _guarded(lambda d: d.load_dataset(reader, data_files=names, **options), names[0])
+    return dict(_guarded(lambda d: d.load_dataset(reader, data_files=names, **options), names[0]))
 
 
 def _guarded(load: Callable[[Any], Any], source: str) -> Any:
@@ -102,7 +108,9 @@ def _guarded(load: Callable[[Any], Any], source: str) -> Any:
         with _quiet(datasets):
             return load(datasets)
     except Exception as error:
-        raise DataError(f"{source}: cannot be read: {cause_of(error)}. Check that the file is whole.") from error
+        raise DataError(
+            f"{source}: cannot be read: {cause_of(error)}. Check that the file is whole."
+        ) from error
 
 
 def cause_of(error: BaseException) -> str:
@@ -142,6 +150,8 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}). Convert it.") from error
+        raise DataError(
+            f"{path}: not UTF-8 text ({error.reason} at byte {error.start}). Convert it."
+        ) from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}. Check its permissions.") from error

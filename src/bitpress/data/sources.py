@@ -1,4 +1,4 @@
-"""From what the user names to rows: built-in text, registered names, the hub, paths, and objects in memory."""
+"""From what the user names to rows: built-in text, registered names, the hub, paths, objects in memory."""
 
 from __future__ import annotations
 
@@ -65,13 +65,15 @@ def open_source(dataset: Any, wanted: Wanted) -> Source:
     """Open a dataset in any of its forms.
 
     Raises:
-        DataError: it cannot be found, loaded or recognised; the message has the cause in one line and the remedy.
+        DataError: it cannot be found, loaded or recognised; the message has the cause in one line.
     """
     if dataset is None:
         if wanted.path is not None:
             return _open_path(Path(wanted.path), wanted)
         note = "no dataset was given: the built-in text calibrates"
-        return _documents(Source("built-in text", [default_text()], whole_files=True, notes=(note,)), wanted.split)
+        return _documents(
+            Source("built-in text", [default_text()], whole_files=True, notes=(note,)), wanted.split
+        )
     if isinstance(dataset, Path):
         return _open_path(dataset, wanted)
     if isinstance(dataset, str):
@@ -91,7 +93,7 @@ def _open_name(name: str, wanted: Wanted) -> Source:
         return replace(opened, registered=registered)
     if registered is not None and not registered.hub_id:
         raise DataError(
-            f"dataset '{name}' is a kind of file. Add dataset_path=<file or folder>, or give the path as the dataset."
+            f"dataset '{name}' is a kind of file. Add dataset_path=<file or folder>, or give the path as dataset."
         )
     if registered is None:
         path = Path(name).expanduser()
@@ -116,8 +118,9 @@ def _documents(source: Source, spec: str | None, *, strict: bool = False) -> Sou
         return source
     one = len(source.rows) == 1
     lines = source.rows[0].splitlines(keepends=True) if one else source.rows
+    notes: tuple[str, ...] = ()
     if strict:
-        picked, notes = pick_split({"train": lines}, spec, source.name)[0], ()
+        picked = pick_split({"train": lines}, spec, source.name)[0]
     else:
         picked, notes = slice_single(lines, spec, None, source.name)
     return replace(source, rows=["".join(picked)] if one else picked, split=spec, notes=source.notes + notes)
@@ -148,9 +151,9 @@ def _open_hub(name: str, registered: Registered | None, wanted: Wanted) -> Sourc
     except Exception as error:
         hint = did_you_mean(name, REGISTERED)
         raise DataError(
-            f"dataset '{name}' cannot be loaded: it is no local path, and the hub gave {cause_of(error)}. Check "
-            "name, split and network, load it once while online (it is cached), or give a local file, folder or "
-            "datasets.Dataset." + (hint if registered is None and hint.startswith(" Did") else "")
+            f"dataset '{name}' cannot be loaded: it is no local path, and the hub gave {cause_of(error)}. "
+            "Check name, split and network, load it once while online (it is cached), or give a local file, "
+            "folder or datasets.Dataset." + (hint if registered is None and hint.startswith(" Did") else "")
         ) from error
     if isinstance(loaded, dict):
         rows, split = pick_split(loaded, spec, name)
@@ -184,7 +187,9 @@ def _open_object(dataset: Any, wanted: Wanted) -> Source:
         return replace(_single(rows, None, kind), split=split)
     if isinstance(dataset, torch.utils.data.DataLoader):
         if wanted.split is not None:
-            raise DataError(f"a DataLoader has no splits, but split '{wanted.split}' is asked for. Leave it out.")
+            raise DataError(
+                f"a DataLoader has no splits, but split '{wanted.split}' is asked for. Leave it out."
+            )
         return Source(kind, _loader_rows(dataset), ordered=True)
     return _single(dataset, wanted.split, kind)
 
@@ -193,8 +198,8 @@ def _single(rows: Any, spec: str | None, kind: str) -> Source:
     indexed = hasattr(rows, "__len__") and hasattr(rows, "__getitem__")
     if isinstance(rows, str | bytes) or not (indexed or hasattr(rows, "__iter__")):
         raise DataError(
-            f"dataset cannot be a {kind}. Give a registered name, hub id or path, a datasets.Dataset, a list of "
-            "texts, messages or dicts, or a DataLoader."
+            f"dataset cannot be a {kind}. Give a registered name, hub id or path, a datasets.Dataset, a list "
+            "of texts, messages or dicts, or a DataLoader."
         )
     own = getattr(rows, "split", None)
     rows, notes = slice_single(rows, spec, str(own) if own is not None else None, kind)
@@ -221,7 +226,7 @@ def batch_rows(batch: Any) -> Iterator[Any]:
     elif isinstance(batch, list | tuple) and any(isinstance(part, torch.Tensor) for part in batch):
         if len(batch) != 1:
             raise DataError(
-                f"the DataLoader gives {len(batch)} tensors a batch without names. Let it give a dict with 'input_ids'."
+                f"the DataLoader gives {len(batch)} parts a batch without names. Let it give dicts with 'input_ids'."
             )
         yield from batch_rows(batch[0])
     elif isinstance(batch, list | tuple):
@@ -234,7 +239,9 @@ def _token_columns(batch: Mapping[str, Any]) -> dict[str, Any]:
     """`input_ids` and `attention_mask`, with a batch dimension."""
     columns = {name: batch[name] for name in ("input_ids", "attention_mask") if batch.get(name) is not None}
     ids = columns["input_ids"]
-    flat = ids.dim() == 1 if isinstance(ids, torch.Tensor) else len(ids) > 0 and not hasattr(ids[0], "__len__")
+    flat = (
+        ids.dim() == 1 if isinstance(ids, torch.Tensor) else len(ids) > 0 and not hasattr(ids[0], "__len__")
+    )
     return {name: [column] for name, column in columns.items()} if flat else columns
 
 

@@ -123,7 +123,9 @@ def slice_rows(sets: Mapping[str, Any], spec: str, source: str) -> Any:
     try:
         parts = ReadInstruction.from_spec(spec).to_absolute({name: len(rows) for name, rows in sets.items()})
     except (ValueError, AssertionError) as error:
-        raise DataError(f"{source}: split '{spec}' cannot be read: {error}. Write train[:5%], train[100:200].") from error
+        raise DataError(
+            f"{source}: split '{spec}' cannot be read: {error} Write it as train[:5%] or train[100:200]."
+        ) from error
     pieces = []
     for part in parts:
         rows = sets[part.splitname]
@@ -151,7 +153,9 @@ def _slice_stream(stream: Any, spec: str, source: str) -> Any:
     return islice(stream, start, stop)
 
 
-def slice_single(rows: Any, spec: str | None, own_name: str | None, source: str) -> tuple[Any, tuple[str, ...]]:
+def slice_single(
+    rows: Any, spec: str | None, own_name: str | None, source: str
+) -> tuple[Any, tuple[str, ...]]:
     """Slice data that has no splits of its own; a name that does not belong to it is told in a note.
 
     Returns:
@@ -162,5 +166,7 @@ def slice_single(rows: Any, spec: str | None, own_name: str | None, source: str)
     names = [split_name(part) for part in spec.split("+")]
     known: Iterable[str] = (*_FREE_NAMES, split_name(own_name)) if own_name else _FREE_NAMES
     strange = [name for name in names if name not in known]
-    notes = tuple(f"{source} is one set of rows: the split name '{name}' says nothing here" for name in strange)
+    notes = tuple(
+        f"{source} is one set of rows: the split name '{name}' says nothing here" for name in strange
+    )
     return slice_rows(dict.fromkeys(names, rows), spec, source), notes

@@ -15,7 +15,7 @@ class Registered:
         hub_id: repository on the hub; "" for a kind of file, which needs a path.
         config: configuration name on the hub.
         split: split that calibrates when none is asked for.
-        template: format string over the row's columns; "" where the row has messages or the user's own columns.
+        template: format string over the row's columns; "" for messages or the user's own columns.
         data_files: files by split, where the whole repository would be too much to download.
         revision: branch, where the main branch holds a script instead of data.
         builder: reader of `datasets` for a kind of file; "" goes by the file's suffix.
@@ -73,5 +73,5 @@ _BY_HUB_ID = {entry.hub_id.lower(): entry for entry in REGISTERED.values() if en
 
 
 def find_registered(name: str) -> Registered | None:
-    """The entry of a registered name ('-' as '_', any case) or of a registered dataset's hub id, else None."""
+    """The entry of a registered name ('-' as '_', any case) or of its hub id, else None."""
     return REGISTERED.get(name.lower().replace("-", "_")) or _BY_HUB_ID.get(name.lower())

@@ -33,7 +33,8 @@ def inverse_factor(hessian: Tensor) -> Tensor:
             raise NumericsError("the Gram matrix is not positive definite: raise dampening_frac or give more data")
     eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
     inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
-    return inverse.flip(0, 1).to(hessian.dtype)
+    factor: Tensor = inverse.flip(0, 1).to(hessian.dtype)
+    return factor
 
 
 def sweep(

@@ -1,0 +1,5 @@
+"""`python -m bitpress`."""
+
+from bitpress.cli import main
+
+main()

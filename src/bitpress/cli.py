@@ -1,0 +1,305 @@
+"""The command line: the only file that prints or exits.
+
+Exit codes: 0 done; 1 a fault of input or data, told in one message; 2 wrong usage; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from bitpress import __version__
+from bitpress.errors import BitpressError, ConfigError
+from bitpress.progress import Lines, Live, Progress
+
+app = typer.Typer(
+    help="Compress language models for vLLM and transformers.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out = Console(soft_wrap=True)
+err = Console(stderr=True, soft_wrap=True)
+
+
+class Method(StrEnum):
+    gptq = "gptq"
+    rtn = "rtn"
+
+
+class Device(StrEnum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+Model = Annotated[str, typer.Argument(help="Model folder or hub id.", show_default=False)]
+Scheme = Annotated[str | None, typer.Option(help="Preset such as W4A16, W8A16, W4A16_ASYM, W8A8.")]
+GroupSize = Annotated[int | None, typer.Option(help="Input columns per scale; -1: one scale per row.")]
+MethodOption = Annotated[Method | None, typer.Option(help="gptq (default) or rtn, with --scheme.")]
+Ignore = Annotated[list[str] | None, typer.Option(help="Linears to leave; repeatable. Default with --scheme: lm_head.")]
+RecipeFile = Annotated[str | None, typer.Option(help="Recipe file (YAML or JSON), instead of --scheme.")]
+StageName = Annotated[str | None, typer.Option(help="Run this stage of the recipe alone, into OUTPUT/STAGE.")]
+Dataset = Annotated[str | None, typer.Option(help="Registered name, hub id, file or folder. Default: a built-in text.")]
+DatasetConfig = Annotated[str | None, typer.Option(help="Configuration of a hub dataset.")]
+Split = Annotated[str | None, typer.Option(help="Split, such as 'train[:5%]'.")]
+TextColumn = Annotated[str, typer.Option(help="Column that holds the text.")]
+NumSamples = Annotated[int, typer.Option(help="Calibration sequences.")]
+MaxSeqLength = Annotated[int, typer.Option(help="Tokens per sequence.")]
+Pack = Annotated[bool, typer.Option("--pack/--no-pack", help="Join texts into full sequences, or one text each.")]
+OutputDir = Annotated[Path, typer.Option("--output", "-o", help="Where the checkpoint goes.", show_default=False)]
+DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
+MaxMemory = Annotated[str | None, typer.Option(help="Memory limit of the device, such as 8GiB.")]
+BatchSize = Annotated[int | None, typer.Option(help="Sequences per forward. Default: by memory.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Dense = Annotated[bool, typer.Option("--dense", help="Store dense weights beside their scales, not packed.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model or dataset brings.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"bitpress {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Compress language models for vLLM and transformers."""
+
+
+@app.command()
+def oneshot(
+    model: Model,
+    output: OutputDir,
+    scheme: Scheme = None,
+    group_size: GroupSize = None,
+    method: MethodOption = None,
+    ignore: Ignore = None,
+    recipe: RecipeFile = None,
+    stage: StageName = None,
+    dataset: Dataset = None,
+    dataset_config: DatasetConfig = None,
+    split: Split = None,
+    text_column: TextColumn = "text",
+    num_samples: NumSamples = 512,
+    max_seq_length: MaxSeqLength = 2048,
+    pack: Pack = True,
+    device: DeviceOption = Device.auto,
+    max_memory: MaxMemory = None,
+    batch_size: BatchSize = None,
+    seed: Seed = 42,
+    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Read back and compare what is written.")] = True,
+    resume: Annotated[bool, typer.Option("--resume", help="Fail if there is nothing to go on from.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete what an earlier run left in OUTPUT.")] = False,
+    dense: Dense = False,
+    trust_remote_code: Trust = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compress a model in one shot. Killed and started again with the same arguments, it goes on where it was."""
+    from bitpress.oneshot import oneshot as run
+
+    result = run(
+        model, dataset, _recipe(scheme, group_size, method, ignore, recipe),
+        splits=split, dataset_config_name=dataset_config, text_column=text_column,
+        num_calibration_samples=num_samples, max_seq_length=max_seq_length, concatenate_data=pack,
+        output_dir=output, stage=stage, save_compressed=not dense, device=device.value, max_memory=max_memory,
+        batch_size=batch_size, seed=seed, verify=verify, resume=resume, fresh=fresh,
+        trust_remote_code_model=trust_remote_code, trust_remote_code_data=trust_remote_code,
+        progress=_progress(verbose, quiet),
+    )  # fmt: skip
+    if not quiet:
+        _summary(result.folder, verbose)
+
+
+@app.command()
+def plan(
+    model: Model,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Where it would go (checks the disk).")] = None,
+    scheme: Scheme = None,
+    group_size: GroupSize = None,
+    method: MethodOption = None,
+    ignore: Ignore = None,
+    recipe: RecipeFile = None,
+    stage: StageName = None,
+    dataset: Dataset = None,
+    dataset_config: DatasetConfig = None,
+    split: Split = None,
+    text_column: TextColumn = "text",
+    num_samples: NumSamples = 512,
+    max_seq_length: MaxSeqLength = 2048,
+    pack: Pack = True,
+    device: DeviceOption = Device.auto,
+    max_memory: MaxMemory = None,
+    batch_size: BatchSize = None,
+    seed: Seed = 42,
+    verify: Annotated[bool, typer.Option("--verify/--no-verify", hidden=True)] = True,
+    resume: Annotated[bool, typer.Option("--resume", hidden=True)] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", hidden=True)] = False,
+    dense: Dense = False,
+    trust_remote_code: Trust = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Say what `oneshot` with these arguments would do, and every fault, without loading weights."""
+    from bitpress import tables
+    from bitpress.oneshot import Arguments, prepare
+    from bitpress.plan import parse_bytes
+
+    ready = prepare(
+        Arguments(
+            model=model, dataset=dataset, recipe=_recipe(scheme, group_size, method, ignore, recipe), splits=split,
+            dataset_config_name=dataset_config, text_column=text_column, num_calibration_samples=num_samples,
+            max_seq_length=max_seq_length, concatenate_data=pack, output_dir=output or Path("bitpress-output"),
+            stage=stage, save_compressed=not dense, device=device.value, max_memory=parse_bytes(max_memory),
+            batch_size=batch_size, seed=seed, verify=verify, resume=resume, fresh=fresh,
+            trust_remote_code_model=trust_remote_code, trust_remote_code_data=trust_remote_code,
+        )
+    )  # fmt: skip
+    if as_json:
+        _print_json({**ready.plan.to_dict(), "data": ready.data.summary if ready.data else None})
+    elif not quiet:
+        notes = (*ready.plan.notes, *(ready.data.notes if ready.data else ()))
+        out.print(tables.plan_table(ready.plan, None if verbose else 12))
+        for note in notes:
+            out.print(f"note: {note}", highlight=False, markup=False)
+
+
+@app.command(name="eval")
+def evaluate(
+    base: Annotated[str, typer.Argument(help="The full-precision model.")],
+    checkpoint: Annotated[str, typer.Argument(help="The compressed one.")],
+    text: Annotated[Path | None, typer.Option(help="Text file to judge on. Default: a built-in text.")] = None,
+    windows: Annotated[int, typer.Option(help="Windows of text.")] = 8,
+    length: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
+    device: DeviceOption = Device.auto,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Compare a checkpoint with its base: perplexity, token KL, top-1 agreement, size, tokens per second."""
+    from bitpress import tables
+    from bitpress.evaluate import evaluate as run
+
+    result = run(
+        base, checkpoint, text=text, windows=windows, length=length, dtype=dtype, device=device.value,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        out.print(tables.evaluation_table(result))
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A model folder, or a GGUF file.")],
+    verbose: Verbose = False,
+    as_json: Json = False,
+) -> None:
+    """Say what a checkpoint is: method, scheme per layer, sizes, bits per weight."""
+    from bitpress import tables
+    from bitpress.inspection import inspect_checkpoint
+
+    found = inspect_checkpoint(path)
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        out.print(tables.inspection_table(found, None if verbose else 0))
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the demo's files go.")] = Path("runs/demo"),
+    num_samples: NumSamples = 64,
+    max_seq_length: MaxSeqLength = 256,
+) -> None:
+    """Compress the embedded SmolLM2-135M-Instruct to int4 and compare it with the original. Needs no network."""
+    from bitpress import tables
+    from bitpress.demo_model import obtain
+    from bitpress.evaluate import evaluate as run
+    from bitpress.evaluate import generate
+    from bitpress.oneshot import oneshot as compress
+
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    base, target = obtain(output / "SmolLM2-135M-Instruct"), output / "SmolLM2-135M-Instruct-W4A16-G64"
+    recipe = _recipe("W4A16", 64, Method.gptq, None, None)
+    compress(
+        base, None, recipe, output_dir=target, num_calibration_samples=num_samples, max_seq_length=max_seq_length,
+        progress=_progress(False, False), fresh=True,
+    )  # fmt: skip
+    out.print("comparing, on a text that was not used for calibration ...")
+    out.print(tables.evaluation_table(run(base, target, windows=4, length=1024)))
+    prompt = "What is the capital of France, and what is it known for?"
+    out.print(f"\n[bold]{prompt}[/]")
+    for name, folder in (("before", base), ("after", target)):
+        out.print(f"[bold]{name}:[/] ", end="")
+        out.print(generate(folder, prompt, 60), markup=False, highlight=False)
+    out.print(f"\ncheckpoint: {target.resolve()}", highlight=False)
+
+
+def _recipe(
+    scheme: str | None, group_size: int | None, method: Method | None, ignore: list[str] | None, recipe: str | None
+) -> Any:
+    """The recipe that the options describe."""
+    given = [("--scheme", scheme), ("--group-size", group_size), ("--method", method), ("--ignore", ignore)]
+    if recipe is not None:
+        if extra := [name for name, value in given if value]:
+            raise ConfigError(f"{', '.join(extra)}: cannot go with --recipe; write it into the recipe")
+        if not Path(recipe).is_file():
+            raise ConfigError(f"--recipe: {recipe}: no such file")
+        return recipe
+    if scheme is None:
+        raise ConfigError("give --scheme (such as W4A16) or --recipe FILE")
+    keys: dict[str, Any] = {"scheme": scheme, "ignore": ignore or ["lm_head"]}
+    if group_size is not None:
+        keys["group_size"] = group_size
+    return {"QuantizationModifier" if method is Method.rtn else "GPTQModifier": keys}
+
+
+def _progress(verbose: bool, quiet: bool) -> Progress:
+    if quiet:
+        return Progress()
+    return Live(err) if err.is_terminal and not verbose else Lines(err, verbose)
+
+
+def _summary(folder: Path, verbose: bool) -> None:
+    from bitpress import tables
+
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    out.print(tables.report_table(report, None if verbose else 0))
+    out.print(f"checkpoint: {folder.resolve()}", highlight=False)
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def main() -> None:
+    """The console script: user errors are one message, without a traceback."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    try:
+        app()
+    except BitpressError as error:
+        if "--debug" in sys.argv:
+            raise
+        err.print(f"{type(error).__name__}: {error}", markup=False, highlight=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        err.print("interrupted; the same command goes on where it was")
+        sys.exit(130)

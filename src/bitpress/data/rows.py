@@ -1,0 +1,211 @@
+"""How one row reads: token ids as they are, messages through the chat template, or text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitpress.data.table import Registered
+from bitpress.errors import DataError, did_you_mean
+
+# what ShareGPT-like data calls the speakers
+_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "function_response": "tool",
+}
+_ANSWERS = ("response", "completion")
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How the rows of one dataset read.
+
+    Attributes:
+        kind: "ids", "chat" or "text".
+        columns: what a row must have; empty for rows that are no mappings.
+        read: row -> int64 ids (L,) for kind "ids", else the text ("" where the row has none).
+    """
+
+    kind: str
+    columns: tuple[str, ...]
+    read: Callable[[Any], Any]
+
+    def __call__(self, number: int, row: Any) -> Any:
+        """Read row `number`; a fault names it."""
+        if bool(self.columns) != isinstance(row, Mapping):
+            raise DataError(
+                f"row {number} is a {type(row).__name__}, unlike the rows before it. Give rows of one form."
+            )
+        missing = [c for c in self.columns if c not in row]
+        if missing:
+            raise DataError(
+                f"row {number} has no column '{missing[0]}' (it has: {_names(row)}). Give rows of one form."
+            )
+        try:
+            return self.read(row)
+        except DataError as error:
+            raise DataError(f"row {number}: {error}") from error
+
+
+def choose_reader(row: Any, *, tokenizer: Any, text_column: str, registered: Registered | None) -> Reader:
+    """Choose, from the first row, how all rows are read.
+
+    In this order: `input_ids`; a text column that was named; the template of a registered dataset; `messages`
+    or `conversations`; the column "text"; `prompt` with `response` or `completion`.
+
+    Raises:
+        DataError: nothing of these is there, or the tokenizer that it takes is missing.
+    """
+    reader = _find_reader(row, tokenizer, text_column, registered)
+    if reader.kind != "ids" and tokenizer is None:
+        raise DataError(
+            "text needs a tokenizer and none was given. Pass tokenizer=..., or data that has 'input_ids'."
+        )
+    if reader.kind == "chat" and not getattr(tokenizer, "chat_template", None):
+        raise DataError(
+            "the data are messages, but the tokenizer has no chat template. Take the tokenizer of an instruct "
+            "model, set tokenizer.chat_template, or name a column of plain text with text_column."
+        )
+    return reader
+
+
+def _find_reader(row: Any, tokenizer: Any, text_column: str, registered: Registered | None) -> Reader:
+    def chat(messages: Any) -> str:
+        return _render(_as_messages(messages), tokenizer)
+
+    if isinstance(row, str):
+        return Reader("text", (), _as_text)
+    if not isinstance(row, Mapping):
+        if _is_conversation(row):
+            return Reader("chat", (), chat)
+        return Reader("ids", (), _as_ids)
+    if row.get("input_ids") is not None:
+        return Reader("ids", ("input_ids",), lambda r: _as_ids(r["input_ids"], r.get("attention_mask")))
+    named = text_column != "text"
+    if not named and registered is not None and registered.template and set(registered.columns) <= set(row):
+        return Reader("text", registered.columns, registered.text)
+    columns = (text_column,) if named else ("messages", "conversations", "text")
+    for column in columns:
+        if column in row:
+            if _is_conversation(row[column]):
+                return Reader("chat", (column,), lambda r: chat(r[column]))
+            return Reader("text", (column,), lambda r: _as_text(r[column]))
+    for answer in _ANSWERS:
+        if not named and "prompt" in row and answer in row:
+            if _is_conversation(row["prompt"]):
+                return Reader("chat", ("prompt", answer), lambda r: chat([*r["prompt"], *r[answer]]))
+            return Reader("text", ("prompt", answer), lambda r: _join(r["prompt"], r[answer]))
+    raise DataError(_missing_column(row, text_column))
+
+
+def _missing_column(row: Mapping[str, Any], text_column: str) -> str:
+    if {"role", "content"} <= set(row):
+        return "the rows are single messages (role, content). Put each conversation into a list of its own."
+    if not row:
+        return "the rows have no columns."
+    hint = did_you_mean(text_column, map(str, row))
+    # the hint lists the columns again where none is close
+    hint = hint if hint.startswith(" Did") else ""
+    return (
+        f"the rows have no column '{text_column}'. Columns: {_names(row)}.{hint} Name the column with text_column, "
+        "or turn rows into text with preprocessing_func."
+    )
+
+
+def _names(row: Any) -> str:
+    return ", ".join(map(str, row)) or "none"
+
+
+def _as_text(value: Any) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise DataError(
+            f"text must be a string, not {type(value).__name__}. Name the column of text with text_column."
+        )
+    return value
+
+
+def _join(prompt: Any, answer: Any) -> str:
+    first, second = _as_text(prompt), _as_text(answer)
+    spaced = not first or not second or first[-1].isspace() or second[0].isspace()
+    return first + second if spaced else f"{first}\n{second}"
+
+
+def _as_ids(value: Any, mask: Any = None) -> Tensor:
+    """Ids (L,) as int64; positions where the mask is zero are left out."""
+    ids = _as_vector(value, "input_ids")
+    if mask is not None:
+        keep = _as_vector(mask, "attention_mask")
+        if keep.shape != ids.shape:
+            raise DataError(
+                f"attention_mask has {len(keep)} positions and input_ids has {len(ids)}. Make them equal."
+            )
+        ids = ids[keep != 0]
+    if len(ids) and int(ids.min()) < 0:
+        raise DataError(f"input_ids has the negative id {int(ids.min())}. Take ids, not labels.")
+    return ids
+
+
+def _as_vector(value: Any, name: str) -> Tensor:
+    try:
+        vector = torch.as_tensor(value if value is not None else [])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"{name} must be a list of integers, not {type(value).__name__}.") from error
+    if vector.dim() == 2 and vector.shape[0] == 1:
+        vector = vector[0]
+    if vector.dim() != 1:
+        raise DataError(
+            f"{name} must have one dimension, not the shape {tuple(vector.shape)}. Give one row a sequence."
+        )
+    if len(vector) and (vector.is_floating_point() or vector.is_complex()):
+        raise DataError(f"{name} must be integers, not {vector.dtype}.")
+    return vector.to(torch.int64)
+
+
+def _is_conversation(value: Any) -> bool:
+    """A list of mappings, or the mapping of lists that columnar files make of it."""
+    if isinstance(value, Mapping):
+        return bool({"role", "from"} & set(value))
+    return isinstance(value, Sequence) and len(value) > 0 and isinstance(value[0], Mapping)
+
+
+def _as_messages(value: Any) -> list[dict[str, Any]]:
+    """Messages as `{role, content, ...}`; keys without a value, which columnar files add, are left out."""
+    if value is None:
+        return []
+    if isinstance(value, Mapping):
+        value = [dict(zip(value, item, strict=True)) for item in zip(*value.values(), strict=True)]
+    return [_as_message(message) for message in value]
+
+
+def _as_message(message: Any) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise DataError(f"a message must be a dict with role and content, not {type(message).__name__}.")
+    given = {key: item for key, item in message.items() if item is not None}
+    if "from" in given and "role" not in given:
+        speaker = str(given.pop("from"))
+        given = {"role": _ROLES.get(speaker.lower(), speaker), "content": given.pop("value", ""), **given}
+    if "role" not in given:
+        raise DataError(
+            f"a message has no 'role' (it has: {_names(given)}). Give role and content, or from and value."
+        )
+    return {"content": "", **given}
+
+
+def _render(messages: list[dict[str, Any]], tokenizer: Any) -> str:
+    if not messages:
+        return ""
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception as error:
+        roles = ", ".join(str(m["role"]) for m in messages)
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(f"the chat template refuses these messages ({roles}): {cause}") from error

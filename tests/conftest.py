@@ -1,0 +1,80 @@
+"""Tiny models of every supported family, and token rows to calibrate them with."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import pytest
+import torch
+
+VOCAB = 96
+COMMON = {
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+MOE = {**COMMON, "num_experts_per_tok": 2}
+# name -> (configuration class, arguments)
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", COMMON),
+    "llama_tied": ("LlamaConfig", {**COMMON, "tie_word_embeddings": True}),
+    "mistral": ("MistralConfig", {**COMMON, "sliding_window": 16}),
+    "qwen2": ("Qwen2Config", COMMON),
+    "qwen3": ("Qwen3Config", {**COMMON, "head_dim": 8}),
+    "gemma2": ("Gemma2Config", {**COMMON, "head_dim": 8, "sliding_window": 16}),
+    "gemma3": ("Gemma3TextConfig", {**COMMON, "head_dim": 8, "sliding_window": 16, "num_hidden_layers": 3}),
+    "phi3": ("Phi3Config", COMMON),
+    "opt": ("OPTConfig", {
+        "vocab_size": VOCAB, "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "max_position_embeddings": 128, "word_embed_proj_dim": 32,
+    }),
+    "gpt_neox": ("GPTNeoXConfig", {
+        "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "max_position_embeddings": 128,
+    }),
+    "falcon": ("FalconConfig", {
+        "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "new_decoder_architecture": False, "multi_query": True, "parallel_attn": True, "bias": False,
+    }),
+    "mixtral": ("MixtralConfig", {**MOE, "num_local_experts": 4}),
+    "qwen3_moe": ("Qwen3MoeConfig", {
+        **MOE, "num_experts": 4, "moe_intermediate_size": 32, "head_dim": 8, "norm_topk_prob": True,
+        "decoder_sparse_step": 1, "mlp_only_layers": [],
+    }),
+}  # fmt: skip
+
+
+def build(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """A tiny random model of a family, in evaluation mode."""
+    import transformers
+
+    name, arguments = FAMILIES[family]
+    config = getattr(transformers, name)(**{**arguments, **changes})
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    for parameter in model.parameters():  # the usual initial weights are so small that outputs hardly differ
+        if parameter.dim() >= 2:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def token_rows(count: int = 12, length: int = 32, seed: int = 0) -> list[dict[str, list[int]]]:
+    """Rows with `input_ids`, which bitpress uses as they are."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCAB, (count, length), generator=generator)
+    return [{"input_ids": row.tolist()} for row in ids]
+
+
+def save(model: Any, folder: Path, **options: Any) -> Path:
+    """Save a model as transformers does."""
+    model.save_pretrained(folder, **options)
+    return folder
+
+
+@pytest.fixture
+def rows() -> list[dict[str, list[int]]]:
+    return token_rows()
