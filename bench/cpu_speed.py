@@ -36,9 +36,7 @@ MEASURES = ("quantize_wall_s", "quantize_cpu_s", "process_wall_s", "process_cpu_
 def json_lines(command: list[str], log: Path) -> list[dict[str, Any]]:
     """The JSON lines that a fresh process prints; its other output goes to the log."""
     with log.open("w") as errors:
-        done = subprocess.run(
-            command, env=os.environ | QUIET, stdout=subprocess.PIPE, stderr=errors, text=True
-        )
+        done = subprocess.run(command, env=os.environ | QUIET, stdout=subprocess.PIPE, stderr=errors, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)}\nfailed with {done.returncode}, see {log}:\n{log.read_text()[-2000:]}")
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -56,9 +54,7 @@ def table(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--pairs", type=int, default=3)
@@ -101,9 +97,7 @@ def main() -> None:
     if len({run["tokens_sha256"] for run in everything}) != 1:
         sys.exit("the tools were given different calibration tokens: do their tokenizers differ?")
     print("\n" + table(runs["bitpress"], runs["llmcompressor"]))
-    print(
-        "\nbitpress reads and writes the checkpoint within the quantizing step, llm-compressor outside of it."
-    )
+    print("\nbitpress reads and writes the checkpoint within the quantizing step, llm-compressor outside of it.")
     if args.quality.is_file():
         command = [sys.executable, str(args.quality), str(model), *(str(args.work / name) for name in tools)]
         print(f"\n{'':16} {'base ppl':>10} {'ppl':>10} {'KL':>10} {'top-1':>10} {'MB':>10}")

@@ -82,9 +82,7 @@ def state(folder: Path, reference: dict[str, str]) -> tuple[str, bool]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--blocks", type=int, default=6)
     parser.add_argument("--hidden", type=int, default=256)
@@ -105,7 +103,7 @@ def crash(work: Path, args: argparse.Namespace) -> int:
     write_llama(work / "model", blocks=args.blocks, **shape, seed=args.seed, per_shard=2)
     settings = {"config_groups": config_groups(64, "minmax"), "ignore": ["lm_head"]}
     # JSON is YAML, so this is a recipe file as well.
-    (work / "recipe.json").write_text(json.dumps({"stage": {"GPTQModifier": settings}}))
+    (work / "recipe.json").write_text(json.dumps({"GPTQModifier": settings}))
     rows = random_rows(args.samples, args.length, vocab, args.seed)
     (work / "rows.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
     runner = Runner(work, args.samples, args.length, args.seed)
@@ -121,9 +119,7 @@ def crash(work: Path, args: argparse.Namespace) -> int:
     last = time.perf_counter() - start
     first = 0.0 if first is None else first
     reference = digests(work / "reference")
-    if not {"config.json", "recipe.yaml"} <= reference.keys() or not any(
-        "safetensors" in n for n in reference
-    ):
+    if not {"config.json", "recipe.yaml"} <= reference.keys() or not any("safetensors" in n for n in reference):
         sys.exit(f"the uninterrupted run is not complete: it wrote {sorted(reference)}")
     print(f"uninterrupted: {last:.1f} s, first output after {first:.1f} s, {len(reference)} files to compare")
 

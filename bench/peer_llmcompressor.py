@@ -26,9 +26,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def arguments(
-    doc: str | None, observers: tuple[str, ...], argv: list[str] | None = None
-) -> argparse.Namespace:
+def arguments(doc: str | None, observers: tuple[str, ...], argv: list[str] | None = None) -> argparse.Namespace:
     """The command line that both tools share; the first observer is the default."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)

@@ -34,9 +34,7 @@ def main() -> None:
             "shuffle_calibration_samples": False,
         }
     quantize = timed(
-        lambda: oneshot(
-            model=args.model, recipe={modifier: settings}, output_dir=args.out, seed=args.seed, **data
-        )
+        lambda: oneshot(model=args.model, recipe={modifier: settings}, output_dir=args.out, seed=args.seed, **data)
     )
     print_result("bitpress", args, rows, quantize, STARTED)
 

@@ -89,7 +89,10 @@ class Blocks:
         self._drive(batch[0], len(self) - 1, at_work)
 
     def _drive(self, ids: Tensor, index: int, at_work: Callable[..., Any]) -> None:
-        with _forwards(self.modules[:index], self._through), _forwards(self.modules[index : index + 1], at_work):
+        with (
+            _forwards(self.modules[:index], self._through),
+            _forwards(self.modules[index : index + 1], at_work),
+        ):
             try:
                 with torch.no_grad():
                     self.model(input_ids=ids, use_cache=False)

@@ -253,7 +253,11 @@ def demo(
 
 
 def _recipe(
-    scheme: str | None, group_size: int | None, method: Method | None, ignore: list[str] | None, recipe: str | None
+    scheme: str | None,
+    group_size: int | None,
+    method: Method | None,
+    ignore: list[str] | None,
+    recipe: str | None,
 ) -> Any:
     """The recipe that the options describe."""
     given = [("--scheme", scheme), ("--group-size", group_size), ("--method", method), ("--ignore", ignore)]

@@ -176,9 +176,7 @@ def generate(
     loaded: Any = model if at is None else load_checkpoint(at, dtype, device, trust_remote_code)
     if getattr(tokens, "chat_template", None):
         turn = [{"role": "user", "content": prompt}]
-        inputs = tokens.apply_chat_template(
-            turn, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-        )
+        inputs = tokens.apply_chat_template(turn, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     else:
         inputs = tokens(prompt, return_tensors="pt")
     on = _device_of(loaded)
@@ -214,9 +212,7 @@ def _read_text(text: str | Path | None) -> tuple[str, str]:
         try:
             words = Path(text).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
-            raise DataError(
-                f"{text}: cannot be read as UTF-8 text ({error}); give a plain text file"
-            ) from None
+            raise DataError(f"{text}: cannot be read as UTF-8 text ({error}); give a plain text file") from None
     if not words.strip():
         raise DataError(f"{label}: the text is empty; give one of a few thousand words")
     return words, label
@@ -279,9 +275,7 @@ def _vocabulary(models: list[Any], ids: Tensor, same: bool, notes: list[str]) ->
                 f"the base has a vocabulary of {sizes[0]} and the checkpoint of {sizes[1]}, and nothing says "
                 "that their tokenizer is the same; pass tokenizer= if it is"
             )
-        notes.append(
-            f"vocabularies of {sizes[0]} and {sizes[1]}: the first {min(sizes)} entries are compared"
-        )
+        notes.append(f"vocabularies of {sizes[0]} and {sizes[1]}: the first {min(sizes)} entries are compared")
     return min(sizes)
 
 

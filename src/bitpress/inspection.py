@@ -163,9 +163,7 @@ def _inspect_unfinished(folder: Path) -> Inspection:
     """A folder without config.json: an unfinished run, which journals before it writes, or no checkpoint."""
     if (folder / _JOURNAL).is_file():
         shards = len(list(folder.glob("*.safetensors")))
-        return Inspection(
-            path=str(folder), method="unfinished", finished=False, shards=shards, messages=(UNFINISHED,)
-        )
+        return Inspection(path=str(folder), method="unfinished", finished=False, shards=shards, messages=(UNFINISHED,))
     below = ", ".join(sorted(f.parent.name for f in folder.glob("*/config.json")))
     remedy = f"did you mean a folder in it: {below}?" if below else "give the folder that holds one"
     raise CheckpointError(f"{folder}: not a checkpoint, it has no config.json; {remedy}")
@@ -287,9 +285,7 @@ def _modules(files: list[Path]) -> dict[str, dict[str, Stored]]:
                 part = "weight." + part
             else:
                 module, _, part = name.rpartition(".")
-            modules.setdefault(module, {})[part] = Stored(
-                file, entry["dtype"], tuple(entry["shape"]), end - begin
-            )
+            modules.setdefault(module, {})[part] = Stored(file, entry["dtype"], tuple(entry["shape"]), end - begin)
     return modules
 
 
@@ -305,10 +301,7 @@ def _oddities(
         yield f"config.json names no quantization, but tensors are stored as {by_tensors} stores them"
     elif by_tensors is None and (hint := _name_hint(folder.resolve().name)):
         yield f"the folder's name says {hint}, but neither config.json nor the tensors do"
-    if any(
-        scale_of(parts) and "weight" in parts and parts["weight"].dtype in FLOATS
-        for parts in modules.values()
-    ):
+    if any(scale_of(parts) and "weight" in parts and parts["weight"].dtype in FLOATS for parts in modules.values()):
         yield "quantized weights are stored dense beside their scales"
 
 
@@ -332,9 +325,7 @@ def _inspect_gguf(path: Path, files: list[Path]) -> Inspection:
         try:
             reader = gguf.GGUFReader(file)
         except (ValueError, IndexError, KeyError, OverflowError) as error:
-            raise CheckpointError(
-                f"{file}: not a GGUF file, or cut short ({error}); download it again"
-            ) from None
+            raise CheckpointError(f"{file}: not a GGUF file, or cut short ({error}); download it again") from None
         if (named := reader.get_field("general.architecture")) is not None:
             architecture = str(named.contents())
         for tensor in reader.tensors:

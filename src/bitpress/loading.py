@@ -28,9 +28,7 @@ def load_model(
         CheckpointError: no finished checkpoint, pickle weights that are not trusted, weights that the
             files lack, or a package that the format needs and that is not installed.
     """
-    model: nn.Module = load_checkpoint(
-        open_checkpoint(path, trust_remote_code), dtype, device, trust_remote_code
-    )
+    model: nn.Module = load_checkpoint(open_checkpoint(path, trust_remote_code), dtype, device, trust_remote_code)
     return model
 
 
@@ -93,9 +91,7 @@ def _decompressing() -> Any:
     from transformers import CompressedTensorsConfig
 
     known = inspect.signature(CompressedTensorsConfig.__init__).parameters
-    return CompressedTensorsConfig(
-        **({"dequantize": True} if "dequantize" in known else {"run_compressed": False})
-    )
+    return CompressedTensorsConfig(**({"dequantize": True} if "dequantize" in known else {"run_compressed": False}))
 
 
 def _place(found: Inspection) -> tuple[str, str | None]:
@@ -114,9 +110,7 @@ def _device(name: str) -> Any:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(
-            f"device: {name!r} cannot be used ({str(error).splitlines()[0]}); try 'cpu'"
-        ) from None
+        raise ConfigError(f"device: {name!r} cannot be used ({str(error).splitlines()[0]}); try 'cpu'") from None
 
 
 def tokenizers_of(given: Any, found: list[Inspection | None], trust: bool) -> tuple[Any, bool]:
@@ -156,9 +150,7 @@ def _load_tokenizer(folder: str, gguf_file: str | None, trust: bool) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust, **options)
     except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{folder}: its tokenizer cannot be loaded ({error}); pass tokenizer="
-        ) from error
+        raise CheckpointError(f"{folder}: its tokenizer cannot be loaded ({error}); pass tokenizer=") from error
 
 
 def _has_tokenizer(found: Inspection) -> bool:

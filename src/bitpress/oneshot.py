@@ -222,7 +222,9 @@ def prepare(args: Arguments) -> Prepared:
 
 def _oneshot_stages(recipe: Recipe) -> tuple[Stage, ...]:
     if training := [s.name for s in recipe.stages if s.run_type == "train"]:
-        raise RecipeError([f"{name}: a training stage, which oneshot does not run; choose another stage" for name in training])
+        raise RecipeError(
+            [f"{name}: a training stage, which oneshot does not run; choose another stage" for name in training]
+        )
     return recipe.stages
 
 
@@ -312,7 +314,7 @@ def _check_vocabulary(data: CalibrationData, subject: Subject) -> None:
 
 
 def _run(args: Arguments) -> Any:
-    from bitpress import journal, pipeline, report
+    from bitpress import journal, pipeline
     from bitpress.output import Output
     from bitpress.result import SavedModel, attach
 
@@ -333,9 +335,7 @@ def _run(args: Arguments) -> Any:
             if log.done:
                 args.progress.note(f"{len(log.done)} of {len(plan.shards)} shards are finished; going on from there")
             numerics = _adopt(log.numerics, numerics, ready.output)
-            output = Output(
-                ready.output, log, len(plan.shards), compressed=args.save_compressed, verify=args.verify
-            )
+            output = Output(ready.output, log, len(plan.shards), compressed=args.save_compressed, verify=args.verify)
         batches = list(data.batches(numerics["batch_size"])) if data else []
         run = pipeline.Run(
             subject, plan, batches, ready.device, output, args.progress, starved_below=args.min_expert_tokens
@@ -359,8 +359,9 @@ def _run(args: Arguments) -> Any:
 def _loaded_into(ready: Prepared) -> Any:
     """A finished output read back into the module that was passed."""
     from bitpress.result import load_into
+    from bitpress.subject import ModuleSubject
 
-    assert ready.output is not None
+    assert ready.output is not None and isinstance(ready.subject, ModuleSubject)
     return load_into(ready.subject, ready.plan, ready.output)
 
 
@@ -428,7 +429,12 @@ class _frozen:  # noqa: N801  a context manager
 
 
 def _report(
-    args: Arguments, ready: Prepared, run: Any, identity: dict[str, Any], numerics: dict[str, Any], seconds: float
+    args: Arguments,
+    ready: Prepared,
+    run: Any,
+    identity: dict[str, Any],
+    numerics: dict[str, Any],
+    seconds: float,
 ) -> dict[str, Any]:
     import resource
 
@@ -450,7 +456,7 @@ def _report(
         },
         "ignored": list(ready.plan.ignored),
         "notes": list(ready.plan.notes) + (list(ready.data.notes) if ready.data else []),
-        "data": {k: v for k, v in ready.data.summary.items()} if ready.data else None,
+        "data": dict(ready.data.summary) if ready.data else None,
         "seed": args.seed,
         "numerics": numerics,
         "versions": report.versions(),

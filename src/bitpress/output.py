@@ -153,7 +153,11 @@ def quantization_config(plan: Plan, *, compressed: bool) -> dict[str, Any]:
     for i, sites in enumerate(sorted(by_scheme.values(), key=len, reverse=True)):
         scheme = sites[0].group.scheme
         targets = ["Linear"] if i == 0 else list(dict.fromkeys(n for s in sites for n in (s.name, s.module)))
-        groups[f"group_{i}"] = {"targets": targets, **scheme.to_dict(), "format": scheme.format if compressed else "dense"}
+        groups[f"group_{i}"] = {
+            "targets": targets,
+            **scheme.to_dict(),
+            "format": scheme.format if compressed else "dense",
+        }
     kinds = {g["format"] for g in groups.values()}
     return {
         "quant_method": "compressed-tensors",

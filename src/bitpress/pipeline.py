@@ -72,7 +72,13 @@ def execute(run: Run) -> None:
         if forward:
             subject.load(None, run.device)
         for index in range(total):
-            _block(run, index, states, collects=forward and index <= plan.last_block, feeds=index < plan.last_block)
+            _block(
+                run,
+                index,
+                states,
+                collects=forward and index <= plan.last_block,
+                feeds=index < plan.last_block,
+            )
         _outside(run, states)
     finally:
         states.close()

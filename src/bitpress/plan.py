@@ -159,7 +159,7 @@ def make(
     sites, faults, notes = _sites(modifiers, subject, linears)
     faults += _unknown_experts(subject, modifiers)
     faults += _misfits(sites, subject)
-    notes += _client_notes(sites)
+    notes += _client_notes(subject, sites)
     ignored = _ignored(subject, {s.module for s in sites})
     if faults:
         raise PlanError(faults)
@@ -275,9 +275,7 @@ def _brief(found: list[str]) -> list[str]:
     for fault in found:
         where, _, what = fault.partition(":")
         kinds.setdefault(re.sub(r"\d+", "#", where) + what, []).append(fault)
-    return [
-        same[0] if len(same) == 1 else f"{same[0]} [and {len(same) - 1} layers alike]" for same in kinds.values()
-    ]
+    return [same[0] if len(same) == 1 else f"{same[0]} [and {len(same) - 1} layers alike]" for same in kinds.values()]
 
 
 def near_divisors(columns: int, size: int) -> list[int]:
@@ -289,7 +287,7 @@ def near_divisors(columns: int, size: int) -> list[int]:
     return sorted(best) or [columns]
 
 
-def _client_notes(sites: Sequence[Site]) -> list[str]:
+def _client_notes(subject: Subject, sites: Sequence[Site]) -> list[str]:
     notes = []
     groups = {s.group.name: s.group for s in sites}.values()
     for group in groups:
@@ -302,6 +300,11 @@ def _client_notes(sites: Sequence[Site]) -> list[str]:
             not args.symmetric or group.scheme.format != "pack-quantized"
         ):
             notes.append(f"{label(group)}: transformers loads experts as symmetric packed integers only; use W4A16")
+    odd = {type(m).__name__ for s in sites if type(m := subject.model.get_submodule(s.module)) is not nn.Linear}
+    if odd:
+        notes.append(
+            f"{', '.join(sorted(odd))}: transformers decompresses plain Linears only; use bitpress.transformers"
+        )
     by_name = {s.module: s.group.scheme for s in sites}
     every = {s.module for s in sites}
     split = []
@@ -395,7 +398,9 @@ def _memory(
         where = "disk"
     gram_room = room - (hidden if where == "device" else 0)
     gram_bytes = max(grams[0] if grams else 0, min(sum(grams), gram_room))
-    device_bytes = fixed + batch_size * sequence + (hidden if where == "device" else 0) + min(sum(set(grams)), gram_bytes)
+    device_bytes = (
+        fixed + batch_size * sequence + (hidden if where == "device" else 0) + min(sum(set(grams)), gram_bytes)
+    )
     host = device_bytes if on_cpu else PROCESS_BYTES + outside + 3 * block + (hidden if where == "host" else 0)
     return {
         "host_bytes": host, "device_bytes": 0 if on_cpu else device_bytes, "batch_size": batch_size,

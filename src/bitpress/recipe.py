@@ -102,10 +102,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data from which `load` makes an equal Recipe; keys at their defaults are left out."""
-        keys = [
-            DEFAULT_STAGE + STAGE_SUFFIX if stage.name == DEFAULT_STAGE else stage.name
-            for stage in self.stages
-        ]
+        keys = [DEFAULT_STAGE + STAGE_SUFFIX if stage.name == DEFAULT_STAGE else stage.name for stage in self.stages]
         if all(key.endswith(STAGE_SUFFIX) for key in keys):
             return {key: _stage_dict(stage) for key, stage in zip(keys, self.stages, strict=True)}
         return {"stages": {stage.name: _stage_dict(stage) for stage in self.stages}}
@@ -165,9 +162,7 @@ class _Reader:
         stage = self.stage(DEFAULT_STAGE, body, "", places)
         return [] if stage is None else [stage]
 
-    def stage(
-        self, name: str, body: object, where: str, places: Mapping[str, str] | None = None
-    ) -> Stage | None:
+    def stage(self, name: str, body: object, where: str, places: Mapping[str, str] | None = None) -> Stage | None:
         """One stage; None if it has faults. `places` renames keys that the user did not write."""
         modifiers: list[Modifier] = []
         run_type: object = None

@@ -138,9 +138,7 @@ def read_layer(
     )
 
 
-def _compressed(
-    name: str, parts: Mapping[str, Stored], settings: Mapping[str, Any], notes: Mapping[str, Any]
-) -> Found:
+def _compressed(name: str, parts: Mapping[str, Stored], settings: Mapping[str, Any], notes: Mapping[str, Any]) -> Found:
     """compressed-tensors and fp8: `weight_packed` or `weight`, beside `weight_scale`."""
     codes = parts["weight_packed"] if "weight_packed" in parts else parts["weight"]
     scale = scale_of(parts)

@@ -18,7 +18,7 @@ from bitpress.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     from bitpress.math.grid import QParams
     from bitpress.plan import Plan, Site
-    from bitpress.subject import Subject
+    from bitpress.subject import ModuleSubject
 
 FORMATS = (None, "compressed-tensors", "pack-quantized", "int-quantized", "dense")
 
@@ -164,7 +164,7 @@ def save_module(
         subject.close()
 
 
-def load_into(subject: Subject, plan: Plan, folder: Path) -> nn.Module:
+def load_into(subject: ModuleSubject, plan: Plan, folder: Path) -> nn.Module:
     """Put a finished output's weights into the module that it was made from, or into one loaded from it."""
     from bitpress.checkpoint import Source
     from bitpress.inspection import read_config
@@ -175,7 +175,7 @@ def load_into(subject: Subject, plan: Plan, folder: Path) -> nn.Module:
     solved = []
     for site in plan.sites:
         z = read_site(lambda name: source.tensors[name][0], site, compressed=status == "compressed")
-        subject.load(None, torch.device("cpu"), {site.key: z.dense()})
+        subject.assign({site.key: z.dense()})
         solved.append((site, z.qparams))
     report, recipe = folder / "report.json", folder / "recipe.yaml"
     subject.close()
@@ -188,21 +188,25 @@ def load_into(subject: Subject, plan: Plan, folder: Path) -> nn.Module:
     )
 
 
-def reload(place: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
+def reload(place: str | os.PathLike[str], *, dtype: Any = "auto", device_map: Any = None, **kwargs: Any) -> nn.Module:
     """A compressed-tensors checkpoint of integer weights as a dense module that packs again when saved.
+
+    Reads the weights itself, so it also loads what transformers cannot decompress (experts with zero points).
 
     Raises:
         CheckpointError: a scheme that bitpress does not write.
+        ConfigError: a device_map over several devices.
     """
-    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from bitpress import plan
+    from bitpress.checkpoint import Source
     from bitpress.errors import RecipeError
     from bitpress.inspection import read_config
     from bitpress.modifiers.quantization import QuantizationModifier
-    from bitpress.subject import ModuleSubject, locate
+    from bitpress.subject import ModuleSubject, checkpoint_dtype
 
-    folder = locate(place)
+    folder = Path(place)
     settings = read_config(folder)["quantization_config"]
     # "Linear" takes what no other group names, so it comes last
     groups = sorted(settings["config_groups"].items(), key=lambda item: "Linear" in item[1]["targets"])
@@ -211,26 +215,27 @@ def reload(place: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
         modifier = QuantizationModifier(config_groups=plain, ignore=settings.get("ignore", []))
     except RecipeError as error:
         raise CheckpointError(f"{folder}: {error}") from None
-    config = CompressedTensorsConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, **kwargs)
-    strip_quantization(model)
+    if device_map not in (None, "auto") and not isinstance(device_map, str | torch.device):
+        raise ConfigError("device_map: a compressed checkpoint is loaded on one device; give 'auto', 'cpu' or 'cuda'")
+    source = Source(folder)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, **kwargs)
+    del config.quantization_config
+    dtype = checkpoint_dtype(config, source) if dtype == "auto" else dtype
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, **kwargs)
+    model.name_or_path = str(folder)
     subject = ModuleSubject(model)
     made = plan.make([modifier], subject, samples=1, length=1, device=subject.home)
-    return load_into(subject, made, folder)
-
-
-def strip_quantization(model: nn.Module) -> None:
-    """Make a dequantized model an ordinary one: what transformers attached for its quantizer goes."""
-    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
-        if name in model.__dict__:
-            delattr(model, name)
-    config: Any = model.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    for module in model.modules():
-        for name in ("quantization_scheme", "quantization_status"):
-            module.__dict__.pop(name, None)
-        for name in ("weight_scale", "weight_zero_point", "weight_packed", "weight_shape"):
-            module._parameters.pop(name, None)
-            module._buffers.pop(name, None)
-        module.__dict__.pop("forward", None)
+    packed = {site.key for site in made.sites}
+    for key, disk in subject.layout.disk_of.items():
+        if key not in packed:
+            subject.assign({key: source.read([disk])[disk]})
+    load_into(subject, made, folder)
+    if device_map is not None:
+        model.to(
+            "cuda"
+            if device_map == "auto" and torch.cuda.is_available()
+            else "cpu"
+            if device_map == "auto"
+            else device_map
+        )
+    return model  # type: ignore[no-any-return]

@@ -68,9 +68,7 @@ class QuantArgs:
         if self.strategy in STRATEGIES_LATER:
             found.append(("strategy", f"{self.strategy!r} is not implemented yet; {_AVAILABLE_STRATEGIES}"))
         elif self.strategy not in STRATEGIES:
-            found.append(
-                ("strategy", f"{self.strategy!r} is unknown.{did_you_mean(str(self.strategy), STRATEGIES)}")
-            )
+            found.append(("strategy", f"{self.strategy!r} is unknown.{did_you_mean(str(self.strategy), STRATEGIES)}"))
         else:
             found += _group_size_faults(self.group_size, self.strategy)
         if self.dynamic == "local":
@@ -236,8 +234,7 @@ def scheme_from_group(group: Mapping[str, Any], where: str = "") -> Scheme:
     faults += scheme.faults(where)
     if not faults and group.get("format") not in (None, scheme.format):
         faults.append(
-            f"{_at(where, 'format')}: {group['format']!r} does not hold this scheme; "
-            f"drop it or use '{scheme.format}'"
+            f"{_at(where, 'format')}: {group['format']!r} does not hold this scheme; drop it or use '{scheme.format}'"
         )
     if faults:
         raise RecipeError(faults)

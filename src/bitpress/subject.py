@@ -126,7 +126,8 @@ def locate(model: str | os.PathLike[str], *, local_only: bool | None = None) -> 
         raise CheckpointError(f"{model}: not a folder, and the hub does not give it: {first}") from error
 
 
-def _checkpoint_dtype(config: Any, source: Source) -> torch.dtype:
+def checkpoint_dtype(config: Any, source: Source) -> torch.dtype:
+    """The dtype that the configuration declares, else that of most weights."""
     declared = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
     if isinstance(declared, str):
         declared = getattr(torch, declared, None)
@@ -158,7 +159,7 @@ class FolderSubject(Subject):
         if getattr(config, "is_encoder_decoder", False):
             raise PlanError(f"{config.model_type}: an encoder-decoder; bitpress compresses decoder language models")
         self.source = Source(folder)
-        self.dtype = _checkpoint_dtype(config, self.source)
+        self.dtype = checkpoint_dtype(config, self.source)
         try:
             with init_empty_weights(include_buffers=False):
                 self.model = AutoModelForCausalLM.from_config(
@@ -179,7 +180,9 @@ class FolderSubject(Subject):
         problems = [f"{k}: in no weight file" for k in shapes if k not in self.layout.disk_of and k not in tied]
         for key, disk in self.layout.disk_of.items():
             if self.source.spec(disk)[1] != shapes.get(key):
-                problems.append(f"{disk}: shape {self.source.spec(disk)[1]}, but config.json asks for {shapes.get(key)}")
+                problems.append(
+                    f"{disk}: shape {self.source.spec(disk)[1]}, but config.json asks for {shapes.get(key)}"
+                )
         if problems:
             raise CheckpointError([f"{self.folder}: {p}" for p in problems[:8]])
 
@@ -264,10 +267,14 @@ class ModuleSubject(Subject):
         return {k: self._tensor(k).detach().to("cpu", copy=True) for k in keys}
 
     def load(self, prefix: str | None, device: torch.device, weights: dict[str, Tensor] | None = None) -> None:
-        for key, tensor in (weights or {}).items():
-            with torch.no_grad():
-                self._tensor(key).copy_(tensor)
+        self.assign(weights or {})
         self._move(prefix, device)
+
+    @torch.no_grad()
+    def assign(self, weights: dict[str, Tensor]) -> None:
+        """Write tensors into the model, by module tensor name."""
+        for key, tensor in weights.items():
+            self._tensor(key).copy_(tensor)
 
     def unload(self, prefix: str | None) -> None:
         self._move(prefix, self.home)

@@ -66,9 +66,9 @@ def plan_table(plan: Plan, limit: int | None) -> RenderableType:
     for site in plan.sites:
         whole = limit is None or len(plan.sites) <= limit
         name = site.name if whole else site.name.rpartition(".")[2]
-        groups.setdefault(
-            (name, site.modifier.method, label(site.group), f"{site.rows} x {site.columns}"), []
-        ).append(site)
+        groups.setdefault((name, site.modifier.method, label(site.group), f"{site.rows} x {site.columns}"), []).append(
+            site
+        )
     for (name, method, scheme, shape), sites in groups.items():
         table.add_row(Text(name), method, scheme, str(len(sites)), shape, f"{bits_per_weight(sites[0]):.3f}")
     cost = Table.grid(padding=(0, 2))
@@ -105,7 +105,10 @@ def report_table(report: Mapping[str, Any], limit: int | None) -> RenderableType
     if totals["peak_device_bytes"]:
         facts.add_row("", f"{_size(totals['peak_device_bytes'])} device")
     if totals.get("policies"):
-        facts.add_row("policy", f"{totals['policies']} linears of experts took statistics from all tokens; see report.json")
+        facts.add_row(
+            "policy",
+            f"{totals['policies']} linears of experts took statistics from all tokens; see report.json",
+        )
     return Group(table, facts)
 
 
@@ -115,9 +118,7 @@ def _facts(inspection: Inspection) -> Table:
     files = "1 file" if inspection.shards == 1 else f"{inspection.shards} files"
     size = f"{_size(inspection.bytes)} in {files}"
     if inspection.bits_per_parameter is not None:
-        size += (
-            f", {inspection.parameters:,} parameters, {inspection.bits_per_parameter:.2f} bits per parameter"
-        )
+        size += f", {inspection.parameters:,} parameters, {inspection.bits_per_parameter:.2f} bits per parameter"
     rows = {
         "checkpoint": inspection.path,
         "method": method,

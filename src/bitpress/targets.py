@@ -43,9 +43,7 @@ def match(name: str, class_name: str, patterns: Sequence[str]) -> bool:
     return any(_match(name, class_name, pattern) for pattern in patterns)
 
 
-def resolve(
-    linears: Sequence[LinearName], targets: Sequence[str], ignore: Sequence[str], where: str
-) -> Resolved:
+def resolve(linears: Sequence[LinearName], targets: Sequence[str], ignore: Sequence[str], where: str) -> Resolved:
     """The linears that `targets` mean and `ignore` does not.
 
     Args:

@@ -38,7 +38,9 @@ def check_blocks(subject: Subject, *, trust_remote_code: bool = False) -> None:
         off = mismatch(model)
     except Exception as error:  # whatever the architecture does not like about a tiny configuration
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise PlanError(f"model type '{kind}' is not on the list of checked ones, and a tiny copy fails: {first}") from error
+        raise PlanError(
+            f"model type '{kind}' is not on the list of checked ones, and a tiny copy fails: {first}"
+        ) from error
     if off > 0:
         raise PlanError(f"model type '{kind}': a tiny copy run block by block differs by {off:.2g}: {remedy}")
 
@@ -65,7 +67,9 @@ def mismatch(model: Any, length: int = 24) -> float:
     from bitpress.blocks import Blocks
 
     blocks = Blocks(model)
-    ids = torch.arange(3, 3 + 2 * length).remainder(model.config.get_text_config().vocab_size - 3).reshape(2, length) + 3
+    ids = (
+        torch.arange(3, 3 + 2 * length).remainder(model.config.get_text_config().vocab_size - 3).reshape(2, length) + 3
+    )
     seen: list[torch.Tensor] = []
     last = blocks.modules[-1]
     handle = last.register_forward_hook(lambda _m, _a, out: seen.append(out[0] if isinstance(out, tuple) else out))

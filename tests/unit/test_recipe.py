@@ -167,8 +167,7 @@ def test_choosing_a_stage():
     with pytest.raises(RecipeError) as caught:
         recipe.stage("sparcity_stage")
     assert str(caught.value) == (
-        "stage 'sparcity_stage' is not in the recipe. Its stages: sparsity_stage, quant. "
-        "Did you mean 'sparsity_stage'?"
+        "stage 'sparcity_stage' is not in the recipe. Its stages: sparsity_stage, quant. Did you mean 'sparsity_stage'?"
     )
     with pytest.raises(RecipeError, match=r"Its stages: sparsity_stage, quant\.$"):
         recipe.stage("xyz")
@@ -216,9 +215,7 @@ def test_unknown_keys_in_a_stage():
     assert problem({"a_stage": stage}).startswith(
         "a_stage.quantization_modifier: groups of modifiers must end in '_modifiers'."
     )
-    assert problem({"a_stage": {"runtype": "oneshot"}}).startswith(
-        "a_stage.runtype: unknown key. Did you mean"
-    )
+    assert problem({"a_stage": {"runtype": "oneshot"}}).startswith("a_stage.runtype: unknown key. Did you mean")
     fault = problem({"a_stage": {"b_modifiers": {"GPTQ": W4A16}}})
     assert fault == "a_stage.b_modifiers.GPTQ: unknown modifier. Did you mean 'GPTQModifier'?"
     fault = problem([{"a_stage": {"b_modifiers": {"GPTQModifier": W4A16}}}])
@@ -252,9 +249,7 @@ def test_a_modifier_without_keys_has_its_defaults():
     assert problem("GPTQModifier: W4A16") == "GPTQModifier: expected the modifier's keys, got 'W4A16'"
 
 
-@pytest.mark.parametrize(
-    "source", ["", "# nothing\n", {}, [], (), None, "{}", {"version": 1}, {"modifiers": []}]
-)
+@pytest.mark.parametrize("source", ["", "# nothing\n", {}, [], (), None, "{}", {"version": 1}, {"modifiers": []}])
 def test_empty_recipes(source):
     assert problem(source).startswith("the recipe is empty; a recipe is a mapping of stages or modifiers")
 

@@ -72,9 +72,7 @@ def test_unknown_preset_and_group_size_are_reported_together():
 
 @pytest.mark.parametrize("name", PRESETS_LATER)
 def test_presets_of_other_tools_are_never_unknown(name):
-    with pytest.raises(
-        RecipeError, match=r"known but not implemented yet; available: W2A16, .*W8A8"
-    ) as caught:
+    with pytest.raises(RecipeError, match=r"known but not implemented yet; available: W2A16, .*W8A8") as caught:
         preset(name.lower())
     assert "unknown" not in str(caught.value)
     assert name not in PRESETS

@@ -86,9 +86,7 @@ def test_either_name_of_a_linear_matches():
 
 def test_a_target_that_matches_nothing_is_a_fault_with_the_nearest_names():
     result = resolve(MODEL, ["Linear", "q_prj", "re:.*k_prj.weight", "zzz"], [], "GPTQModifier")
-    assert result.faults[0].startswith(
-        "GPTQModifier.targets: 'q_prj' matches no linear. Did you mean 'q_proj'"
-    )
+    assert result.faults[0].startswith("GPTQModifier.targets: 'q_prj' matches no linear. Did you mean 'q_proj'")
     assert "'re:.*k_prj.weight' matches no linear. Did you mean 'k_proj'" in result.faults[1]
     known = "Known: 'Linear', 'q_proj', 'k_proj', 'gate_proj', 'gate', 'lm_head', 'embed_out'."
     assert result.faults[2].endswith(known)

@@ -114,9 +114,7 @@ def load_calibration(
         preprocessing_num_workers=preprocessing_num_workers,
     )
     if preprocessing_func is not None and not callable(preprocessing_func):
-        raise DataError(
-            f"preprocessing_func must be a function of a row, not {preprocessing_func!r}"
-        )
+        raise DataError(f"preprocessing_func must be a function of a row, not {preprocessing_func!r}")
     wanted = Wanted(
         split=calibration_split(split, splits),
         config=dataset_config_name,
@@ -130,9 +128,7 @@ def load_calibration(
     first = next(rows, None)
     if first is None:
         raise DataError(f"{source.name}: empty: there are no rows. Check the data and the split.")
-    reader = choose_reader(
-        first[1], tokenizer=tokenizer, text_column=text_column, registered=source.registered
-    )
+    reader = choose_reader(first[1], tokenizer=tokenizer, text_column=text_column, registered=source.registered)
     rows = chain([first], rows)
 
     skipped = _Skipped()
@@ -150,13 +146,9 @@ def load_calibration(
         choose = shuffle and hasattr(source.rows, "__len__") and len(source.rows) == 1
         sequences = _packed(units, ids, num_samples, max_seq_length, seed if choose else None)
     else:
-        sequences = [
-            unit[:max_seq_length].clone() for _, unit in zip(range(num_samples), units, strict=False)
-        ]
+        sequences = [unit[:max_seq_length].clone() for _, unit in zip(range(num_samples), units, strict=False)]
     if not sequences:
-        raise DataError(
-            f"{source.name}: empty: none of {skipped.count} rows has a token. Check the data."
-        )
+        raise DataError(f"{source.name}: empty: none of {skipped.count} rows has a token. Check the data.")
 
     notes += _shortage(sequences, num_samples, max_seq_length, pack)
     if skipped.count:
@@ -182,9 +174,7 @@ def _check_positive(**values: int | None) -> None:
         raise DataError(problems)
 
 
-def _preprocess(
-    rows: Iterable[tuple[int, Any]], function: Callable[[Any], Any] | None
-) -> Iterator[tuple[int, Any]]:
+def _preprocess(rows: Iterable[tuple[int, Any]], function: Callable[[Any], Any] | None) -> Iterator[tuple[int, Any]]:
     for number, row in rows:
         if function is not None:
             try:
@@ -235,9 +225,7 @@ def _separator_ids(tokenizer: Any, separator: str | None, notes: list[str]) -> T
         raise DataError(f"separator must be a string ('' for none), not {type(separator).__name__}")
     ids = tokenizer([separator], add_special_tokens=False, return_attention_mask=False)["input_ids"][0]
     if separator and not ids:
-        raise DataError(
-            f"separator {separator!r} has no token here. Give another, or '' for none."
-        )
+        raise DataError(f"separator {separator!r} has no token here. Give another, or '' for none.")
     return torch.tensor(ids, dtype=torch.int64)
 
 
@@ -283,9 +271,7 @@ def _shortage(sequences: list[Tensor], count: int, length: int, packed: bool) ->
     return [f"asked for {count} sequences{size}, the data gives {given}"]
 
 
-def _summary(
-    source: Source, sequences: list[Tensor], packed: bool, shuffled: bool, seed: int
-) -> dict[str, Any]:
+def _summary(source: Source, sequences: list[Tensor], packed: bool, shuffled: bool, seed: int) -> dict[str, Any]:
     lengths = [len(s) for s in sequences]
     digest = hashlib.sha256()
     for sequence in sequences:

@@ -58,18 +58,14 @@ def open_local(path: Path, *, builder: str = "", config: str | None = None) -> d
         return {"train": [_read_text(path)]}
     reader = builder or _READERS.get(suffix)
     if reader is None:
-        raise DataError(
-            f"{path}: unknown kind of file '{path.suffix}'. Known: {', '.join(sorted(_SUFFIXES))}."
-        )
+        raise DataError(f"{path}: unknown kind of file '{path.suffix}'. Known: {', '.join(sorted(_SUFFIXES))}.")
     return _load([path], reader, tabs=suffix == ".tsv")
 
 
 def _open_folder(path: Path, builder: str, config: str | None) -> dict[str, Any]:
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         return _load_saved(path)
-    files = sorted(
-        f for f in path.rglob("*") if f.is_file() and f.name not in _SIDE_FILES and _visible(f, path)
-    )
+    files = sorted(f for f in path.rglob("*") if f.is_file() and f.name not in _SIDE_FILES and _visible(f, path))
     kinds = {_suffix(f) for f in files} & set(_SUFFIXES)
     if not kinds and not builder:
         raise DataError(f"{path}: no data in this folder. Known kinds: {', '.join(sorted(_SUFFIXES))}.")
@@ -81,7 +77,7 @@ def _open_folder(path: Path, builder: str, config: str | None) -> dict[str, Any]
         )
     if kinds == {".txt"} and not builder:
         return {"train": [_read_text(f) for f in files if _suffix(f) == ".txt"]}
-    if described or len(kinds) == 1 and ".tsv" not in kinds:
+    if described or (len(kinds) == 1 and ".tsv" not in kinds):
         return dict(_guarded(lambda d: d.load_dataset(str(path), name=config), str(path)))
     return _load(files, builder or _READERS[min(kinds)], tabs=kinds == {".tsv"})
 
@@ -108,9 +104,7 @@ def _guarded(load: Callable[[Any], Any], source: str) -> Any:
         with _quiet(datasets):
             return load(datasets)
     except Exception as error:
-        raise DataError(
-            f"{source}: cannot be read: {cause_of(error)}. Check that the file is whole."
-        ) from error
+        raise DataError(f"{source}: cannot be read: {cause_of(error)}. Check that the file is whole.") from error
 
 
 def cause_of(error: BaseException) -> str:
@@ -150,8 +144,6 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: not UTF-8 text ({error.reason} at byte {error.start}). Convert it."
-        ) from error
+        raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}). Convert it.") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}. Check its permissions.") from error

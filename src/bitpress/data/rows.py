@@ -65,9 +65,7 @@ def choose_reader(row: Any, *, tokenizer: Any, text_column: str, registered: Reg
     """
     reader = _find_reader(row, tokenizer, text_column, registered)
     if reader.kind != "ids" and tokenizer is None:
-        raise DataError(
-            "text needs a tokenizer and none was given. Pass tokenizer=..., or data that has 'input_ids'."
-        )
+        raise DataError("text needs a tokenizer and none was given. Pass tokenizer=..., or data that has 'input_ids'.")
     if reader.kind == "chat" and not getattr(tokenizer, "chat_template", None):
         raise DataError(
             "the data are messages, but the tokenizer has no chat template. Take the tokenizer of an instruct "
@@ -127,9 +125,7 @@ def _as_text(value: Any) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise DataError(
-            f"text must be a string, not {type(value).__name__}. Name the column of text with text_column."
-        )
+        raise DataError(f"text must be a string, not {type(value).__name__}. Name the column of text with text_column.")
     return value
 
 
@@ -145,9 +141,7 @@ def _as_ids(value: Any, mask: Any = None) -> Tensor:
     if mask is not None:
         keep = _as_vector(mask, "attention_mask")
         if keep.shape != ids.shape:
-            raise DataError(
-                f"attention_mask has {len(keep)} positions and input_ids has {len(ids)}. Make them equal."
-            )
+            raise DataError(f"attention_mask has {len(keep)} positions and input_ids has {len(ids)}. Make them equal.")
         ids = ids[keep != 0]
     if len(ids) and int(ids.min()) < 0:
         raise DataError(f"input_ids has the negative id {int(ids.min())}. Take ids, not labels.")
@@ -194,9 +188,7 @@ def _as_message(message: Any) -> dict[str, Any]:
         speaker = str(given.pop("from"))
         given = {"role": _ROLES.get(speaker.lower(), speaker), "content": given.pop("value", ""), **given}
     if "role" not in given:
-        raise DataError(
-            f"a message has no 'role' (it has: {_names(given)}). Give role and content, or from and value."
-        )
+        raise DataError(f"a message has no 'role' (it has: {_names(given)}). Give role and content, or from and value.")
     return {"content": "", **given}
 
 

@@ -71,9 +71,7 @@ def open_source(dataset: Any, wanted: Wanted) -> Source:
         if wanted.path is not None:
             return _open_path(Path(wanted.path), wanted)
         note = "no dataset was given: the built-in text calibrates"
-        return _documents(
-            Source("built-in text", [default_text()], whole_files=True, notes=(note,)), wanted.split
-        )
+        return _documents(Source("built-in text", [default_text()], whole_files=True, notes=(note,)), wanted.split)
     if isinstance(dataset, Path):
         return _open_path(dataset, wanted)
     if isinstance(dataset, str):
@@ -187,9 +185,7 @@ def _open_object(dataset: Any, wanted: Wanted) -> Source:
         return replace(_single(rows, None, kind), split=split)
     if isinstance(dataset, torch.utils.data.DataLoader):
         if wanted.split is not None:
-            raise DataError(
-                f"a DataLoader has no splits, but split '{wanted.split}' is asked for. Leave it out."
-            )
+            raise DataError(f"a DataLoader has no splits, but split '{wanted.split}' is asked for. Leave it out.")
         return Source(kind, _loader_rows(dataset), ordered=True)
     return _single(dataset, wanted.split, kind)
 
@@ -239,9 +235,7 @@ def _token_columns(batch: Mapping[str, Any]) -> dict[str, Any]:
     """`input_ids` and `attention_mask`, with a batch dimension."""
     columns = {name: batch[name] for name in ("input_ids", "attention_mask") if batch.get(name) is not None}
     ids = columns["input_ids"]
-    flat = (
-        ids.dim() == 1 if isinstance(ids, torch.Tensor) else len(ids) > 0 and not hasattr(ids[0], "__len__")
-    )
+    flat = ids.dim() == 1 if isinstance(ids, torch.Tensor) else len(ids) > 0 and not hasattr(ids[0], "__len__")
     return {name: [column] for name, column in columns.items()} if flat else columns
 
 

@@ -153,9 +153,7 @@ def _slice_stream(stream: Any, spec: str, source: str) -> Any:
     return islice(stream, start, stop)
 
 
-def slice_single(
-    rows: Any, spec: str | None, own_name: str | None, source: str
-) -> tuple[Any, tuple[str, ...]]:
+def slice_single(rows: Any, spec: str | None, own_name: str | None, source: str) -> tuple[Any, tuple[str, ...]]:
     """Slice data that has no splits of its own; a name that does not belong to it is told in a note.
 
     Returns:
@@ -166,7 +164,5 @@ def slice_single(
     names = [split_name(part) for part in spec.split("+")]
     known: Iterable[str] = (*_FREE_NAMES, split_name(own_name)) if own_name else _FREE_NAMES
     strange = [name for name in names if name not in known]
-    notes = tuple(
-        f"{source} is one set of rows: the split name '{name}' says nothing here" for name in strange
-    )
+    notes = tuple(f"{source} is one set of rows: the split name '{name}' says nothing here" for name in strange)
     return slice_rows(dict.fromkeys(names, rows), spec, source), notes

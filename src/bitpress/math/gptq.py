@@ -68,5 +68,6 @@ def gptq(
     in_place = torch.empty_like(codes)
     in_place[:, perm] = codes
     return [
-        solved(w, part.contiguous(), q, gram) for w, part, q in zip(weights, torch.split(in_place, rows), qparams, strict=True)
+        solved(w, part.contiguous(), q, gram)
+        for w, part, q in zip(weights, torch.split(in_place, rows), qparams, strict=True)
     ]

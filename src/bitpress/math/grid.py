@@ -183,7 +183,7 @@ def dequantize(codes: Tensor, qparams: QParams) -> Tensor:
 
 
 def solved(weight: Tensor, codes: Tensor, qparams: QParams, gram: Tensor | None) -> Solved:
-    """A `Solved` with its error measured against the weight (R, C) float32, and the Gram matrix (C, C) if there is one."""
+    """A `Solved` with its error, measured with the Gram matrix (C, C) if there is one."""
     delta = dequantize(codes, qparams).float() - weight
     if gram is None:
         return Solved(codes, qparams, delta.square().sum() / weight.square().sum().clamp(min=1e-30))

@@ -37,9 +37,7 @@ def inverse_factor(hessian: Tensor) -> Tensor:
     return factor
 
 
-def sweep(
-    weight: Tensor, factor: Tensor, qparams: QParams, groups: Tensor, grid: Grid, block_size: int
-) -> Tensor:
+def sweep(weight: Tensor, factor: Tensor, qparams: QParams, groups: Tensor, grid: Grid, block_size: int) -> Tensor:
     """Quantize the columns in order, compensating each one's error in the later ones (GPTQ, arXiv 2210.17323).
 
     All scales are fixed before, so the result does not depend on `block_size` but for rounding.
