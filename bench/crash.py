@@ -1,6 +1,7 @@
 """Kills a run with SIGKILL at random moments, resumes it, and compares the result with an uninterrupted run.
 
-python bench/crash.py [--kills 20] [--blocks 6] [--hidden 256] [--seed 0] [--work DIR]
+python bench/crash.py [--kills 20] [--blocks 6] [--hidden 512] [--samples 32] [--length 256]
+    [--seed 0] [--work DIR]
 
 After every kill the output folder must be complete, or have no config.json and be reported unfinished by
 `bitpress inspect` (a folder without any file was killed before there was anything to resume). Exit status 1
@@ -85,9 +86,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--blocks", type=int, default=6)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, help="where the temporary model and outputs go")
     args = parser.parse_args()
@@ -108,24 +109,25 @@ def crash(work: Path, args: argparse.Namespace) -> int:
     (work / "rows.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
     runner = Runner(work, args.samples, args.length, args.seed)
 
-    # Kills fall between the first sign of the output folder and the end, not into Python's imports.
-    start, first = time.perf_counter(), None
+    # Kills fall between the first sign of the output folder and the last file, config.json; those that fall
+    # into Python's imports or into its exit would show nothing.
+    start, seen = time.perf_counter(), {}
     process = runner.start(work / "reference")
     while process.poll() is None:
-        if first is None and (work / "reference").exists():
-            first = time.perf_counter() - start
+        for sign in ("", "config.json"):
+            if sign not in seen and (work / "reference" / sign).exists():
+                seen[sign] = time.perf_counter() - start
         time.sleep(0.01)
     runner.check(process)
-    last = time.perf_counter() - start
-    first = 0.0 if first is None else first
+    first, last = seen.get("", 0.0), seen.get("config.json", time.perf_counter() - start)
     reference = digests(work / "reference")
     if not {"config.json", "recipe.yaml"} <= reference.keys() or not any("safetensors" in n for n in reference):
         sys.exit(f"the uninterrupted run is not complete: it wrote {sorted(reference)}")
-    print(f"uninterrupted: {last:.1f} s, first output after {first:.1f} s, {len(reference)} files to compare")
+    print(f"uninterrupted: output from {first:.1f} s to {last:.1f} s, {len(reference)} files to compare")
 
     moments = random.Random(args.seed)
     out = work / "out"
-    kills = finished = faults = 0
+    kills = finished = faults = unfinished = 0
     while True:
         # A resumed run has less left to do, so it is killed sooner.
         latest = moments.uniform(first, last) if out.exists() else 1.02 * last
@@ -140,6 +142,7 @@ def crash(work: Path, args: argparse.Namespace) -> int:
             kills += 1
             what, allowed = state(out, reference)
             faults += not allowed
+            unfinished += what.startswith("unfinished")
             print(f"kill {kills:2d} after {delay:6.2f} s: {what}{'' if allowed else '  FAULT'}", flush=True)
             if what != "complete":
                 continue
@@ -152,7 +155,9 @@ def crash(work: Path, args: argparse.Namespace) -> int:
         if kills >= args.kills:
             break
         shutil.rmtree(out)
-    print(f"{kills} kills, {finished} finished runs, {faults} faults")
+    print(f"{kills} kills, {unfinished} of them amid the work, {finished} finished runs, {faults} faults")
+    if not unfinished:
+        sys.exit("no kill fell amid the work, so nothing was shown: make it longer with --samples or --blocks")
     return faults
 
 

@@ -13,6 +13,8 @@ import random
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,16 @@ def random_rows(samples: int, length: int, vocab: int, seed: int = 0) -> list[li
     return [[generator.randrange(vocab) for _ in range(length)] for _ in range(samples)]
 
 
+def watch(peaks: dict[str, float]) -> None:
+    """Keep the peaks, in MB, of what this process has allocated and of the files it has mapped."""
+    while True:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name in peaks:
+                peaks[name] = max(peaks[name], int(value.split()[0]) * 1024 / 1e6)
+        time.sleep(0.005)
+
+
 def measure(model: Path, out: Path, args: argparse.Namespace) -> None:
     """In a fresh process: one run; prints the memory before it and its peak."""
     import torch  # noqa: F401
@@ -110,7 +122,8 @@ def measure(model: Path, out: Path, args: argparse.Namespace) -> None:
 
     from bitpress import oneshot
 
-    before = peak_rss_mb()
+    before, peaks = peak_rss_mb(), {"RssAnon": 0.0, "RssFile": 0.0}
+    threading.Thread(target=watch, args=(peaks,), daemon=True).start()
     oneshot(
         model=model,
         dataset=Dataset.from_dict({"input_ids": random_rows(args.samples, args.length, args.vocab)}),
@@ -120,7 +133,7 @@ def measure(model: Path, out: Path, args: argparse.Namespace) -> None:
         output_dir=out,
         seed=0,
     )
-    print(json.dumps({"before_mb": before, "peak_mb": peak_rss_mb()}))
+    print(json.dumps({"before_mb": before, "peak_mb": peak_rss_mb(), **peaks}))
 
 
 def main() -> None:
@@ -151,13 +164,15 @@ def main() -> None:
             results.append({"size_mb": size, **json.loads(done.stdout.splitlines()[-1])})
             print(
                 f"{blocks:4d} blocks: model {size:8.1f} MB, peak RSS {results[-1]['peak_mb']:8.1f} MB "
-                f"({results[-1]['before_mb']:.1f} MB before the run)",
+                f"(allocated {results[-1]['RssAnon']:.1f}, mapped files {results[-1]['RssFile']:.1f}; "
+                f"{results[-1]['before_mb']:.1f} before the run)",
                 flush=True,
             )
     few, many = results
     print(
         f"difference:  model {many['size_mb'] - few['size_mb']:8.1f} MB, "
-        f"peak RSS {many['peak_mb'] - few['peak_mb']:8.1f} MB"
+        f"peak RSS {many['peak_mb'] - few['peak_mb']:8.1f} MB "
+        f"(allocated {many['RssAnon'] - few['RssAnon']:.1f}, mapped files {many['RssFile'] - few['RssFile']:.1f})"
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -56,5 +58,17 @@ def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'bitpress' has no attribute '{name}'")
     value = getattr(import_module(f"bitpress.{_PUBLIC[name]}"), name)
-    globals()[name] = value  # over the submodule of the same name, which importing it has put here
+    globals()[name] = value
     return value
+
+
+class _Package(ModuleType):
+    """Keeps a function in its place when the submodule of the same name is imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _PUBLIC and isinstance(value, ModuleType):
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

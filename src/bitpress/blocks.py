@@ -129,11 +129,18 @@ def _forwards(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> Iter
 
 @dataclass
 class _Shared:
-    """One distinct input: its sums, and the linears that read it, the first of which adds to them."""
+    """One distinct input: its sums, the tensors added to them, and how many of these each of its linears read."""
 
     sums: GramAccumulator
-    readers: list[str]
+    added: int = 0
     reads: dict[str, int] = field(default_factory=dict)
+
+    def add(self, x: Tensor) -> None:
+        self.sums.add(x)
+        self.added += 1
+
+    def read_by(self, name: str) -> None:
+        self.reads[name] = self.reads.get(name, 0) + 1
 
 
 @dataclass(frozen=True)
@@ -185,14 +192,14 @@ def collect(
             elif name in shared:
                 entry = shared[name]
                 if seen is None:
-                    entry.sums.add(x)
+                    entry.add(x)
                     current[id(x)] = (x, name)
-                elif seen[1] is None or shared.get(seen[1]) is not entry:
-                    raise NumericsError(f"{name}: shares its input with other linears in some batches only")
+                elif seen[1] is None or shared[seen[1]] is not entry:
+                    raise _shared_at_times(name)
+                entry.read_by(name)
             elif seen is not None and seen[1] is not None:
-                entry = shared[seen[1]]
-                entry.readers.append(name)
-                shared[name] = entry
+                entry = shared[name] = shared[seen[1]]
+                entry.read_by(name)
             else:
                 size = GramAccumulator.nbytes(x.shape[-1])
                 if shared and used + size > budget:
@@ -200,9 +207,9 @@ def collect(
                     current[id(x)] = (x, None)
                 else:
                     used += size
-                    entry = _Shared(GramAccumulator(x.shape[-1], x.device), [name])
-                    entry.sums.add(x)
-                    shared[name] = entry
+                    entry = shared[name] = _Shared(GramAccumulator(x.shape[-1], x.device))
+                    entry.add(x)
+                    entry.read_by(name)
                     current[id(x)] = (x, name)
             if last and name == last[0]:
                 raise _Left
@@ -221,6 +228,14 @@ def collect(
         current.clear()
         for handle in handles:
             handle.remove()
-    distinct = {id(entry): entry for entry in shared.values()}
-    groups = [(entry.sums.finish(), tuple(entry.readers)) for entry in distinct.values()]
+    distinct = list({id(entry): entry for entry in shared.values()}.values())
+    for entry in distinct:
+        for name, reads in entry.reads.items():
+            if reads != entry.added:
+                raise _shared_at_times(name)
+    groups = [(entry.sums.finish(), tuple(entry.reads)) for entry in distinct]
     return Collected(groups, tuple(n for n in linears if n in deferred))
+
+
+def _shared_at_times(name: str) -> NumericsError:
+    return NumericsError(f"{name}: shares its input with other linears in some batches only")

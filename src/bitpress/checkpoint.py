@@ -18,10 +18,11 @@ from torch import Tensor
 
 from bitpress.errors import CheckpointError
 
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+DTYPES = {  # in the order in which safetensors lays out a file
+    "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32,
+    "BF16": torch.bfloat16, "F16": torch.float16, "I16": torch.int16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
@@ -37,7 +38,8 @@ class Source:
         folder: a folder with safetensors files.
 
     Raises:
-        CheckpointError: no folder, no safetensors in it (pickle files are not read), or a file cut short.
+        CheckpointError: no folder, no safetensors in it (pickle files are not read), a file cut short, or an
+            unknown dtype.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -48,8 +50,11 @@ class Source:
             raw, header = read_header(file)
             self.headers[file.name] = raw
             for name, entry in header.items():
-                if name != "__metadata__":
-                    self.tensors[name] = (file, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+                if name == "__metadata__":
+                    continue
+                if entry["dtype"] not in DTYPES:
+                    raise CheckpointError(f"{file}: {name} has dtype {entry['dtype']}, which is not supported")
+                self.tensors[name] = (file, DTYPES[entry["dtype"]], tuple(entry["shape"]))
 
     def spec(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
         """dtype and shape of a tensor."""
@@ -138,7 +143,8 @@ def read_tensors(wanted: Iterable[tuple[str, Path]], device: torch.device | str 
 
 def file_size(spec: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> int:
     """Exact bytes of the safetensors file that holds tensors of these dtypes and shapes."""
-    order = sorted(spec, key=lambda name: (-spec[name][0].itemsize, name))
+    rank = {dtype: i for i, dtype in enumerate(CODES)}
+    order = sorted(spec, key=lambda name: (rank[spec[name][0]], name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in order:

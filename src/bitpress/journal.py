@@ -90,8 +90,9 @@ class Journal:
 def _whole_lines(file: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         return []
-    raw = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    if raw and not raw[-1].endswith("\n"):
+    # bytes: a kill may cut a character, and some characters in a text look like line ends
+    raw = file.read_bytes().splitlines(keepends=True)
+    if raw and not raw[-1].endswith(b"\n"):
         raw.pop()
     return [json.loads(line) for line in raw]
 
@@ -143,11 +144,15 @@ def _run_of(report: Path) -> dict[str, Any] | None:
 
 
 def _clear(output: Path) -> None:
-    """Delete what a bitpress run has written, config.json first, so that no half of it looks complete."""
+    """Delete what a bitpress run has written.
+
+    config.json goes first, so that no half of it looks complete, and report.json last: it says that the rest is ours.
+    """
     from bitpress.checkpoint import INDEX
 
-    for name in ("config.json", INDEX, "report.json", "recipe.yaml"):
+    for name in ("config.json", INDEX, "recipe.yaml"):
         (output / name).unlink(missing_ok=True)
     for shard in output.glob("model-*-of-*.safetensors"):
         shard.unlink()
     shutil.rmtree(output / WORK, ignore_errors=True)
+    (output / "report.json").unlink(missing_ok=True)

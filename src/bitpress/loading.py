@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,9 +71,12 @@ def load_checkpoint(found: Inspection, dtype: str, device: str, trust: bool) -> 
     if gguf_file:
         options["gguf_file"] = gguf_file
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder, trust_remote_code=trust, output_loading_info=True, **options
-        )
+        with warnings.catch_warnings():
+            # it says that the checkpoint's own scheme is kept, which is what is wanted
+            warnings.filterwarnings("ignore", message="You passed `quantization_config`")
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder, trust_remote_code=trust, output_loading_info=True, **options
+            )
     except (OSError, ValueError, ImportError, RuntimeError, KeyError, AttributeError) as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CheckpointError(f"{found.path}: transformers cannot load it: {first}") from error

@@ -444,14 +444,15 @@ def parse_bytes(text: str | int | None) -> int | None:
     """`8GiB`, `500MB`, `2e9` or a number of bytes; ConfigError if it is none of these."""
     import re
 
-    if text is None or isinstance(text, int):
-        return text
+    if text is None:
+        return None
     units = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
     units |= {f"{k}i": 1024 ** (i + 1) for i, k in enumerate("kmgt")}
-    found = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([kmgt]?i?)b?\s*", text.lower())
-    if not found or found.group(2) not in units or float(found.group(1)) <= 0:
+    found = re.fullmatch(r"\s*(\d+\.?\d*(?:e\d{1,2})?)\s*([kmgt]?i?)b?\s*", str(text).lower())
+    size = int(float(found.group(1)) * units[found.group(2)]) if found and found.group(2) in units else 0
+    if size < 1:
         raise ConfigError(f"max_memory: '{text}' is not a size; write for example 8GiB, 500MB")
-    return int(float(found.group(1)) * units[found.group(2)])
+    return size
 
 
 def experts_in(subject: Subject, block: int) -> list[UnfusedExperts]:

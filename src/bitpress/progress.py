@@ -42,7 +42,7 @@ class Lines(Progress):
         self._last = (block, doing)
         spent, done = time.monotonic() - self.start, block - self.first
         eta = f", ETA {clock(spent / done * (self.total - block))}" if done else ""
-        self.console.print(f"{self.stage}: {place(block, self.total)}: {doing}{eta}", highlight=False)
+        self.console.print(f"{self.stage}: {place(block, self.total)}: {doing}{eta}", highlight=False, markup=False)
 
     def note(self, text: str) -> None:
         self.console.print(f"note: {text}", highlight=False, markup=False)

@@ -75,11 +75,11 @@ def load_calibration(
     """Load calibration sequences from any form of data.
 
     Text and messages are tokenized, joined with the separator and cut into `num_samples` sequences of exactly
-    `max_seq_length` tokens; reading stops as soon as there are enough. Rows with `input_ids` are never joined:
-    they are truncated, and positions that an `attention_mask` leaves out are dropped.
+    `max_seq_length` tokens; reading stops as soon as there are enough. Rows with `input_ids` are never
+    joined: they are truncated, and positions that an `attention_mask` leaves out are dropped.
 
-    With `shuffle` rows are read in a seeded order. Data that is one single document (a .txt file, the built-in
-    text) is tokenized whole without special tokens and cut into windows, of which the seed chooses
+    With `shuffle` rows are read in a seeded order. Data that is one single document (a .txt file, the
+    built-in text) is tokenized whole without special tokens and cut into windows, of which the seed chooses
     `num_samples`. A stream is shuffled in a buffer of 1000 rows; a DataLoader and an iterator keep their own
     order. The order depends on the seed alone, never on the global random state.
 
@@ -95,7 +95,7 @@ def load_calibration(
         text_column: column of the text; a name other than "text" goes before messages and registered columns.
         num_samples: sequences asked for; fewer are told in the notes.
         max_seq_length: tokens a sequence.
-        pack: False keeps each row of text a sequence of its own: truncated, with the tokenizer's special tokens.
+        pack: False keeps each row of text a sequence of its own, truncated, with its special tokens.
         separator: text between documents; None for the tokenizer's end-of-text token, "" for nothing.
         shuffle: False takes the first rows or windows in order.
         seed: of the shuffle.

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitpress.data.splits import close_name
 from bitpress.data.table import Registered
-from bitpress.errors import DataError, did_you_mean
+from bitpress.errors import DataError
 
 # what ShareGPT-like data calls the speakers
 _ROLES = {
@@ -20,6 +21,7 @@ _ROLES = {
     "bot": "assistant",
     "function_response": "tool",
 }
+_CHATS = ("messages", "conversations")
 _ANSWERS = ("response", "completion")
 
 
@@ -81,26 +83,23 @@ def _find_reader(row: Any, tokenizer: Any, text_column: str, registered: Registe
     if isinstance(row, str):
         return Reader("text", (), _as_text)
     if not isinstance(row, Mapping):
-        if _is_conversation(row):
-            return Reader("chat", (), chat)
-        return Reader("ids", (), _as_ids)
+        return Reader("chat", (), chat) if _is_conversation(row) else Reader("ids", (), _as_ids)
     if row.get("input_ids") is not None:
         return Reader("ids", ("input_ids",), lambda r: _as_ids(r["input_ids"], r.get("attention_mask")))
     named = text_column != "text"
     if not named and registered is not None and registered.template and set(registered.columns) <= set(row):
         return Reader("text", registered.columns, registered.text)
-    columns = (text_column,) if named else ("messages", "conversations", "text")
-    for column in columns:
-        if column in row:
-            if _is_conversation(row[column]):
-                return Reader("chat", (column,), lambda r: chat(r[column]))
-            return Reader("text", (column,), lambda r: _as_text(r[column]))
-    for answer in _ANSWERS:
-        if not named and "prompt" in row and answer in row:
-            if _is_conversation(row["prompt"]):
-                return Reader("chat", ("prompt", answer), lambda r: chat([*r["prompt"], *r[answer]]))
-            return Reader("text", ("prompt", answer), lambda r: _join(r["prompt"], r[answer]))
-    raise DataError(_missing_column(row, text_column))
+    column = next((c for c in ((text_column,) if named else (*_CHATS, "text")) if c in row), None)
+    if column is not None:
+        if column in _CHATS or _is_conversation(row[column]):
+            return Reader("chat", (column,), lambda r: chat(r[column]))
+        return Reader("text", (column,), lambda r: _as_text(r[column]))
+    answer = next((c for c in _ANSWERS if c in row), None)
+    if named or answer is None or "prompt" not in row:
+        raise DataError(_missing_column(row, text_column))
+    if _is_conversation(row["prompt"]):
+        return Reader("chat", ("prompt", answer), lambda r: chat([*r["prompt"], *r[answer]]))
+    return Reader("text", ("prompt", answer), lambda r: _join(r["prompt"], r[answer]))
 
 
 def _missing_column(row: Mapping[str, Any], text_column: str) -> str:
@@ -108,12 +107,10 @@ def _missing_column(row: Mapping[str, Any], text_column: str) -> str:
         return "the rows are single messages (role, content). Put each conversation into a list of its own."
     if not row:
         return "the rows have no columns."
-    hint = did_you_mean(text_column, map(str, row))
-    # the hint lists the columns again where none is close
-    hint = hint if hint.startswith(" Did") else ""
+    hint = close_name(text_column, map(str, row))
     return (
-        f"the rows have no column '{text_column}'. Columns: {_names(row)}.{hint} Name the column with text_column, "
-        "or turn rows into text with preprocessing_func."
+        f"the rows have no column '{text_column}'. Columns: {_names(row)}.{hint} Name the column with "
+        "text_column, or turn rows into text with preprocessing_func."
     )
 
 
@@ -175,6 +172,8 @@ def _as_messages(value: Any) -> list[dict[str, Any]]:
     """Messages as `{role, content, ...}`; keys without a value, which columnar files add, are left out."""
     if value is None:
         return []
+    if isinstance(value, str):
+        raise DataError("messages must be a list of dicts with role and content, not str.")
     if isinstance(value, Mapping):
         value = [dict(zip(value, item, strict=True)) for item in zip(*value.values(), strict=True)]
     return [_as_message(message) for message in value]

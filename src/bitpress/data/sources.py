@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from bitpress.data.local import cause_of, looks_like_path, open_local
-from bitpress.data.splits import has_slice, pick_split, slice_single, split_name
+from bitpress.data.splits import close_name, has_slice, pick_split, slice_single, split_name
 from bitpress.data.table import REGISTERED, Registered, find_registered
 from bitpress.errors import DataError, did_you_mean
 
@@ -91,7 +91,7 @@ def _open_name(name: str, wanted: Wanted) -> Source:
         return replace(opened, registered=registered)
     if registered is not None and not registered.hub_id:
         raise DataError(
-            f"dataset '{name}' is a kind of file. Add dataset_path=<file or folder>, or give the path as dataset."
+            f"dataset '{name}' is a kind of file. Add dataset_path=<file or folder>, or give that as dataset."
         )
     if registered is None:
         path = Path(name).expanduser()
@@ -147,11 +147,11 @@ def _open_hub(name: str, registered: Registered | None, wanted: Wanted) -> Sourc
     try:
         loaded = _load_hub(hub_id, config, asked, **options)
     except Exception as error:
-        hint = did_you_mean(name, REGISTERED)
+        hint = close_name(name, REGISTERED) if registered is None else ""
         raise DataError(
             f"dataset '{name}' cannot be loaded: it is no local path, and the hub gave {cause_of(error)}. "
             "Check name, split and network, load it once while online (it is cached), or give a local file, "
-            "folder or datasets.Dataset." + (hint if registered is None and hint.startswith(" Did") else "")
+            f"folder or datasets.Dataset.{hint}"
         ) from error
     if isinstance(loaded, dict):
         rows, split = pick_split(loaded, spec, name)
@@ -222,7 +222,7 @@ def batch_rows(batch: Any) -> Iterator[Any]:
     elif isinstance(batch, list | tuple) and any(isinstance(part, torch.Tensor) for part in batch):
         if len(batch) != 1:
             raise DataError(
-                f"the DataLoader gives {len(batch)} parts a batch without names. Let it give dicts with 'input_ids'."
+                f"a batch of the DataLoader has {len(batch)} parts without names. Give dicts with 'input_ids'."
             )
         yield from batch_rows(batch[0])
     elif isinstance(batch, list | tuple):

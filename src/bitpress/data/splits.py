@@ -62,6 +62,12 @@ def _as_text(value: Any) -> str:
     return value
 
 
+def close_name(name: str, known: Iterable[str]) -> str:
+    """The remedy " Did you mean 'train'?" where a name is close, else nothing: the message lists them already."""
+    hint = did_you_mean(name, known)
+    return hint if hint.startswith(" Did") else ""
+
+
 def split_name(spec: str) -> str:
     """The name before the slice: `train` of `train[:5%]`."""
     match = _PART.match(spec)
@@ -101,9 +107,7 @@ def pick_split(sets: Mapping[str, Any], spec: str | None, source: str) -> tuple[
         )
     for part in spec.split("+"):
         if split_name(part) not in sets:
-            hint = did_you_mean(split_name(part), sets)
-            # the hint repeats the list where nothing is close
-            hint = hint if hint.startswith(" Did") else ""
+            hint = close_name(split_name(part), sets)
             raise DataError(f"{source}: no split '{split_name(part)}'. Splits: {there}.{hint}")
     return slice_rows(sets, spec, source), spec
 

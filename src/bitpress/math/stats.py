@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-GRAM_BLOCK = 512  # columns of one block row of the triangular product
+# Columns of one block row of the triangular product: narrower saves more of the lower triangle, but is slower a
+# flop. On AMX 8192 x 1536 took 86 ms whole, 58 ms in rows of 512, 50 ms in rows of 192.
+BLOCK_ROW, MOST_ROWS = 192, 8
+CHUNK = 2048  # tokens converted to float32 at a time; the buffer is reused, fresh memory costs more than the copy
 
 
 @dataclass(frozen=True)
@@ -62,21 +65,34 @@ class GramAccumulator:
             for lo, hi in self._block_rows():
                 self._sum[lo:hi, lo:] += torch.mm(x[:, lo:hi].T, x[:, lo:], out_dtype=torch.float32)
             return
-        full = x.float()
         with bfloat16_products(exact):
-            for lo, hi in self._block_rows():
-                self._sum[lo:hi, lo:].addmm_(full[:, lo:hi].T, full[:, lo:])
+            for part in x.split(CHUNK):
+                full = part if part.dtype == torch.float32 else _scratch(part.shape, x.device).copy_(part)
+                for lo, hi in self._block_rows():
+                    self._sum[lo:hi, lo:].addmm_(full[:, lo:hi].T, full[:, lo:])
 
     def _block_rows(self) -> Iterator[tuple[int, int]]:
         channels = self._sum.shape[0]
-        for lo in range(0, channels, GRAM_BLOCK):
-            yield lo, min(lo + GRAM_BLOCK, channels)
+        step = max(BLOCK_ROW, -(-channels // MOST_ROWS))
+        for lo in range(0, channels, step):
+            yield lo, min(lo + step, channels)
 
     def finish(self) -> InputStats:
         """The statistics; the accumulator's memory is handed over and it must not be used again."""
         upper = self._sum.triu_()
         upper += upper.triu(1).T
         return InputStats(upper, self._tokens)
+
+
+_buffers: dict[torch.device, Tensor] = {}
+
+
+def _scratch(shape: torch.Size, device: torch.device) -> Tensor:
+    """A float32 buffer of this shape, the same memory every time."""
+    held = _buffers.get(device)
+    if held is None or held.numel() < shape.numel():
+        held = _buffers[device] = torch.empty(shape.numel(), device=device)
+    return held[: shape.numel()].view(shape)
 
 
 @contextmanager

@@ -1,0 +1,77 @@
+"""What several end-to-end tests do: read a folder's tensors, make a tiny tokenizer, compare models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitpress.checkpoint import Source
+
+CHAT_TEMPLATE = (
+    "<s>{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} </s>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+WORDS = [f"w{i}" for i in range(90)]
+
+
+def make_tokenizer(folder: Path, *, chat: bool = True) -> Any:
+    """A tokenizer of whole words w0 .. w89, 96 ids, saved to a folder."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<s>", "</s>", "<unk>", "<|user|>", "<|assistant|>"]
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + WORDS)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.add_special_tokens(special)
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+    if chat:
+        made.chat_template = CHAT_TEMPLATE
+    made.save_pretrained(folder)
+    return made
+
+
+def conversations(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Rows with `messages` of random words."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def sentence() -> str:
+        length = int(torch.randint(4, 12, (1,), generator=generator))
+        return " ".join(WORDS[i] for i in torch.randint(0, 90, (length,), generator=generator).tolist())
+
+    def row() -> dict[str, Any]:
+        return {"messages": [{"role": r, "content": sentence()} for r in ("user", "assistant")]}
+
+    return [row() for _ in range(count)]
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Everything in the safetensors files of a folder."""
+    source = Source(folder)
+    return source.read(source.tensors)
+
+
+def assert_same_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    """Same names, dtypes and bits."""
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
+
+
+def client(folder: Path, dtype: Any = "auto") -> Any:
+    """A compressed-tensors folder as transformers alone loads it, decompressed."""
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    config = CompressedTensorsConfig(dequantize=True)
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype).eval()
+
+
+@torch.no_grad()
+def logits(model: Any, vocab: int = 96) -> torch.Tensor:
+    """Of two fixed sequences."""
+    ids = torch.randint(3, vocab, (2, 24), generator=torch.Generator().manual_seed(99))
+    out: torch.Tensor = model(input_ids=ids).logits
+    return out
