@@ -75,7 +75,7 @@ def state(folder: Path, reference: dict[str, str]) -> tuple[str, bool]:
     if (folder / "config.json").exists():
         different = differences(folder, reference)
         return (f"config.json, but {different} differ", False) if different else ("complete", True)
-    shards = len(list(folder.glob("*.safetensors")))
+    shards = len(list(folder.rglob("*.safetensors")))
     shown = subprocess.run([*BITPRESS, "inspect", str(folder)], capture_output=True, text=True)
     if "unfinished" in (shown.stdout + shown.stderr).lower():
         return f"unfinished, {shards} shards", True

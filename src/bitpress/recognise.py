@@ -156,7 +156,7 @@ def _compressed(name: str, parts: Mapping[str, Stored], settings: Mapping[str, A
     else:
         kind = "float" if codes.dtype.startswith(("F", "B")) else "int"
         bits = 8 * codes.bytes // (rows * columns)
-        coding = Coding(kind, bits, *_layout(scale.shape, rows, columns), True)
+        coding = Coding(kind, bits, *_layout(scale.shape, rows, columns), "weight_zero_point" not in parts)
     inputs = group.get("input_activations")
     activations = str(_coding(inputs, activations=True)) if inputs else None
     if "activation_scheme" in settings:

@@ -137,6 +137,8 @@ def test_a_short_text_is_said(place):
     assert "the text has 100 tokens: 2 windows of 60, the last of 40 in place of 8 of 60" in result.notes
     result = evaluate(place / "base", place / "other", text=place / "text.txt", windows=1, length=500)
     assert result.length == 100 and "128 tokens in place of 500" in result.notes[0]
+    long = evaluate(place / "base", place / "other", windows=1, length=500)
+    assert (long.length, long.notes) == (128, result.notes[:1])
     caption = str(evaluation_table(result).caption)
     assert all(note in caption for note in result.notes) and "text.txt" in caption
     assert json.loads(json.dumps(result.to_dict()))["notes"] == list(result.notes)

@@ -125,6 +125,8 @@ def test_asymmetric_counts_zero_points(tmp_path):
     group = {"targets": ["Linear"], "weights": {**INT4, "symmetric": False}}
     layer = the_layer(folder(tmp_path, packed(zero_point=True), compressed([group])))
     assert (layer.scheme, layer.bits_per_weight) == ("W4A16_ASYM", 4 + (16 + 4) / G)
+    silent = folder(tmp_path / "silent", packed(zero_point=True))
+    assert the_layer(silent).scheme == "W4A16_ASYM"
 
 
 def test_int_quantized(tmp_path):

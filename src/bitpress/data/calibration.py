@@ -128,7 +128,9 @@ def load_calibration(
     first = next(rows, None)
     if first is None:
         raise DataError(f"{source.name}: empty: there are no rows. Check the data and the split.")
-    reader = choose_reader(first[1], tokenizer=tokenizer, text_column=text_column, registered=source.registered)
+    reader = choose_reader(
+        first[1], source=source.name, tokenizer=tokenizer, text_column=text_column, registered=source.registered
+    )
     rows = chain([first], rows)
 
     skipped = _Skipped()

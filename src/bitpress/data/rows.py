@@ -56,7 +56,7 @@ class Reader:
             raise DataError(f"row {number}: {error}") from error
 
 
-def choose_reader(row: Any, *, tokenizer: Any, text_column: str, registered: Registered | None) -> Reader:
+def choose_reader(row: Any, *, source: str, tokenizer: Any, text_column: str, registered: Registered | None) -> Reader:
     """Choose, from the first row, how all rows are read.
 
     In this order: `input_ids`; a text column that was named; the template of a registered dataset; `messages`
@@ -66,17 +66,23 @@ def choose_reader(row: Any, *, tokenizer: Any, text_column: str, registered: Reg
         DataError: nothing of these is there, or the tokenizer that it takes is missing.
     """
     reader = _find_reader(row, tokenizer, text_column, registered)
+    if isinstance(reader, str):
+        raise DataError(f"{source}: {reader}")
     if reader.kind != "ids" and tokenizer is None:
-        raise DataError("text needs a tokenizer and none was given. Pass tokenizer=..., or data that has 'input_ids'.")
+        raise DataError(
+            f"{source}: text needs a tokenizer and none was given. Pass tokenizer=..., or data that has 'input_ids'."
+        )
     if reader.kind == "chat" and not getattr(tokenizer, "chat_template", None):
         raise DataError(
-            "the data are messages, but the tokenizer has no chat template. Take the tokenizer of an instruct "
-            "model, set tokenizer.chat_template, or name a column of plain text with text_column."
+            f"{source}: the data are messages, but the tokenizer has no chat template. Take the tokenizer of an "
+            "instruct model, set tokenizer.chat_template, or name a column of plain text with text_column."
         )
     return reader
 
 
-def _find_reader(row: Any, tokenizer: Any, text_column: str, registered: Registered | None) -> Reader:
+def _find_reader(row: Any, tokenizer: Any, text_column: str, registered: Registered | None) -> Reader | str:
+    """The reader, or what is missing."""
+
     def chat(messages: Any) -> str:
         return _render(_as_messages(messages), tokenizer)
 
@@ -96,7 +102,7 @@ def _find_reader(row: Any, tokenizer: Any, text_column: str, registered: Registe
         return Reader("text", (column,), lambda r: _as_text(r[column]))
     answer = next((c for c in _ANSWERS if c in row), None)
     if named or answer is None or "prompt" not in row:
-        raise DataError(_missing_column(row, text_column))
+        return _missing_column(row, text_column)
     if _is_conversation(row["prompt"]):
         return Reader("chat", ("prompt", answer), lambda r: chat([*r["prompt"], *r[answer]]))
     return Reader("text", ("prompt", answer), lambda r: _join(r["prompt"], r[answer]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -57,7 +58,7 @@ class Wanted:
 
 
 def default_text() -> str:
-    """The built-in calibration text: prose, dialogue, code, arithmetic and several languages, about 80 KB."""
+    """The built-in calibration text: prose, dialogue, code, arithmetic and several languages, about 65 KB."""
     return resources.files("bitpress").joinpath("assets/calibration.txt").read_text(encoding="utf-8")
 
 
@@ -94,7 +95,7 @@ def _open_name(name: str, wanted: Wanted) -> Source:
             f"dataset '{name}' is a kind of file. Add dataset_path=<file or folder>, or give that as dataset."
         )
     if registered is None:
-        path = Path(name).expanduser()
+        path = _expand(name)
         if path.exists() or looks_like_path(name):
             return _open_path(path, wanted)
     return _open_hub(name, registered, wanted)
@@ -102,12 +103,17 @@ def _open_name(name: str, wanted: Wanted) -> Source:
 
 def _open_path(path: Path, wanted: Wanted, builder: str = "") -> Source:
     name = str(path)
-    sets = open_local(path.expanduser(), builder=builder, config=wanted.config)
+    sets = open_local(_expand(path), builder=builder, config=wanted.config)
     first = next(iter(sets.values()))
     if isinstance(first, list):
         return _documents(Source(name, first, whole_files=True), wanted.split, strict=True)
     rows, split = pick_split(sets, wanted.split, name)
     return Source(name, rows, split)
+
+
+def _expand(path: str | Path) -> Path:
+    """With the home folder for `~`; unlike pathlib, an unknown user is left for the message of a missing file."""
+    return Path(os.path.expanduser(path))
 
 
 def _documents(source: Source, spec: str | None, *, strict: bool = False) -> Source:

@@ -48,27 +48,27 @@ def describe_dense(scheme: Scheme, rows: int, columns: int, dtype: torch.dtype) 
     """The same for the uncompressed form: the dense weight beside its scales and zero points."""
     grid = grid_of(scheme, dtype)
     shape = (1,) if grid.per_tensor else (rows, grid.groups(columns))
-    spec: Spec = {"weight": (dtype, (rows, columns)), "weight_scale": (dtype, shape)}
-    if not grid.symmetric:
-        spec["weight_zero_point"] = (torch.int8, shape)
-    return spec
+    parts = {"weight": (dtype, (rows, columns)), "weight_scale": (dtype, shape)}
+    return parts | {"weight_zero_point": (torch.int8, shape)}
 
 
 def dense(solved: Solved, scheme: Scheme) -> dict[str, Tensor]:
-    """A solved linear uncompressed. Quantizing the weight with these scales gives the same codes again."""
-    qparams, one = solved.qparams, scheme.weights.strategy == "tensor"
-    tensors = {"weight": solved.dense(), "weight_scale": qparams.scale[0].clone() if one else qparams.scale}
-    if qparams.zero_point is not None:
-        tensors["weight_zero_point"] = qparams.zero_point[0].clone() if one else qparams.zero_point
-    return tensors
+    """A solved linear uncompressed. Quantizing the weight with these scales gives the same codes again.
+
+    Symmetric ones have zero points too, all 0: transformers rounds with random ones where they are missing.
+    """
+    scale, zero = solved.qparams.scale, solved.qparams.zero_point
+    zero = torch.zeros_like(scale, dtype=torch.int8) if zero is None else zero
+    if scheme.weights.strategy == "tensor":
+        scale, zero = scale[0].clone(), zero[0].clone()
+    return {"weight": solved.dense(), "weight_scale": scale, "weight_zero_point": zero}
 
 
 def undense(tensors: dict[str, Tensor], scheme: Scheme) -> Solved:
     """What `dense` stored, or a dense weight that has changed since: rounded with the scales beside it."""
-    weight, scale, zero = tensors["weight"], tensors["weight_scale"], tensors.get("weight_zero_point")
+    weight, scale, zero = tensors["weight"], tensors["weight_scale"], tensors["weight_zero_point"]
     grid = grid_of(scheme, scale.dtype)
     if grid.per_tensor:
-        scale = scale.expand(len(weight), 1)
-        zero = None if zero is None else zero.expand(len(weight), 1)
-    qparams = QParams(scale, zero)
+        scale, zero = scale.expand(len(weight), 1), zero.expand(len(weight), 1)
+    qparams = QParams(scale, None if grid.symmetric else zero)
     return Solved(quantize(weight.float(), qparams, grid), qparams, torch.tensor(float("nan")))

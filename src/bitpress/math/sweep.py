@@ -54,7 +54,7 @@ def sweep(weight: Tensor, factor: Tensor, qparams: QParams, groups: Tensor, grid
         codes (R, C) int8, columns in the order given.
     """
     R, C = weight.shape
-    work = weight.T.contiguous()  # a column of the weight is a contiguous row here
+    work = weight.T.clone(memory_format=torch.contiguous_format)  # a column of the weight is a contiguous row here
     scale = qparams.scale.T.float().contiguous()
     zero = None if qparams.zero_point is None else qparams.zero_point.T.float().contiguous()
     codes = torch.empty(C, R, dtype=torch.int8, device=weight.device)

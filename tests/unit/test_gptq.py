@@ -1,0 +1,217 @@
+"""GPTQ against the paper's algorithm, written down without blocks in float64 (Frantar et al. 2022, arXiv 2210.17323)."""
+
+import pytest
+import torch
+
+from bitpress.errors import NumericsError
+from bitpress.math.gptq import gptq
+from bitpress.math.grid import Grid, find_qparams, quantize
+from bitpress.math.rtn import round_to_nearest
+from bitpress.math.stats import InputStats
+
+STRATEGIES = ["tensor", "channel", "group"]
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def correlated(columns, tokens=400, seed=1):
+    """Statistics of inputs with a few strong common directions and channels of unlike size."""
+    x = normal(tokens, 6, seed=seed) @ normal(6, columns, seed=seed + 1) + 0.5 * normal(tokens, columns, seed=seed + 2)
+    x = x * torch.linspace(0.3, 2, columns)[torch.randperm(columns, generator=torch.Generator().manual_seed(seed))]
+    return InputStats(x.T @ x, tokens)
+
+
+def grid_for(strategy, bits=4, symmetric=True, group_size=20, dtype=torch.float32):
+    return Grid(bits, symmetric, group_size if strategy == "group" else None, strategy == "tensor", dtype)
+
+
+def reference(weight, gram, qparams, grid, order, dampening):
+    """The paper's algorithm, one column at a time.
+
+    Returns:
+        codes (R, C) in float64, the quotients (R, C) before rounding, and the order of the columns.
+    """
+    W, H = weight.double().clone(), gram.double().clone()
+    C = W.shape[1]
+    diagonal = H.diagonal().clone()
+    H += torch.eye(C, dtype=torch.float64) * (dampening * diagonal.mean())
+    H += torch.diag((diagonal == 0).double())
+    perm = torch.sort(diagonal, descending=True, stable=True).indices if order else torch.arange(C)
+    factor = torch.linalg.cholesky(torch.linalg.inv(H[perm][:, perm]), upper=True)
+    codes, quotients = torch.empty_like(W), torch.empty_like(W)
+    for k in range(C):
+        j = int(perm[k])
+        g = 0 if grid.group_size is None else j // grid.group_size
+        scale = qparams.scale[:, g].double()
+        zero = 0.0 if qparams.zero_point is None else qparams.zero_point[:, g].double()
+        quotients[:, j] = W[:, j] / scale + zero
+        codes[:, j] = quotients[:, j].round().clamp(grid.qmin, grid.qmax)
+        error = (W[:, j] - (codes[:, j] - zero) * scale) / factor[k, k]
+        W[:, perm[k:]] -= error[:, None] * factor[k, k:]
+    return codes, quotients, perm
+
+
+def quadratic(weight, dense, gram):
+    delta = dense.double() - weight.double()
+    return float(((delta @ gram.double()) * delta).sum())
+
+
+def assert_agree(result, weight, gram, expected, quotients, perm):
+    """Codes are those of the reference; a row may leave it at a value that lies on a boundary of rounding."""
+    different = (result.codes.double() != expected)[:, perm]
+    rows = different.any(1).nonzero()[:, 0]
+    for row in rows.tolist():
+        first = int(different[row].int().argmax())
+        share = float(quotients[row, perm[first]] % 1)
+        assert abs(share - 0.5) < 1e-3, f"row {row}, column {int(perm[first])}: {share}"
+    assert len(rows) <= max(1, 0.1 * len(weight))
+    zero = 0 if result.qparams.zero_point is None else result.qparams.zero_point.double()
+    columns = weight.shape[1] // result.qparams.scale.shape[1]
+    dense = (expected - spread(zero, columns)) * spread(result.qparams.scale.double(), columns)
+    assert quadratic(weight, result.dense(), gram) == pytest.approx(quadratic(weight, dense, gram), rel=0.01)
+
+
+def spread(x, columns):
+    return x.repeat_interleave(columns, 1) if isinstance(x, torch.Tensor) else x
+
+
+@pytest.mark.parametrize("columns", [100, 96])
+@pytest.mark.parametrize("block_size", [8, "group", 128])
+@pytest.mark.parametrize("order", [True, False], ids=["static", "in_order"])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_equals_the_paper(strategy, symmetric, order, block_size, columns):
+    group_size = 20 if columns == 100 else 32
+    weight, stats = normal(24, columns), correlated(columns)
+    grid = grid_for(strategy, 4, symmetric, group_size)
+    block = group_size if block_size == "group" else block_size
+    (result,) = gptq([weight], stats, grid, order=order, block_size=block)
+    expected = reference(weight, stats.gram, result.qparams, grid, order, 0.01)
+    assert_agree(result, weight, stats.gram, *expected)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+@pytest.mark.parametrize("dampening", [0.001, 0.1])
+@pytest.mark.parametrize("columns", [1, 7, 37])
+def test_equals_the_paper_for_other_widths_and_dampening(bits, dampening, columns):
+    weight, stats = normal(24, columns), correlated(columns)
+    grid = grid_for("channel", bits, symmetric=False, dtype=torch.bfloat16)
+    (result,) = gptq([weight], stats, grid, block_size=16, dampening_frac=dampening)
+    expected, quotients, perm = reference(weight, stats.gram, result.qparams, grid, True, dampening)
+    # the reference's dense weight is not rounded to bfloat16, so only the codes are compared
+    different = (result.codes.double() != expected)[:, perm]
+    for row in different.any(1).nonzero()[:, 0].tolist():
+        share = float(quotients[row, perm[int(different[row].int().argmax())]] % 1)
+        assert abs(share - 0.5) < 1e-3
+    assert int(different.any(1).sum()) <= 2
+
+
+@pytest.mark.parametrize("observer", ["minmax", "mse", "hessian"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_scales_are_found_before_the_sweep(observer, dtype):
+    weight, stats = normal(8, 40), correlated(40)
+    grid = grid_for("group", 3, False, dtype=dtype)
+    (result,) = gptq([weight], stats, grid, observer=observer)
+    importance = stats.gram.diagonal() if observer == "hessian" else None
+    expected = find_qparams(weight, grid, importance, search=observer != "minmax")
+    assert result.qparams.scale.dtype == dtype
+    assert torch.equal(result.qparams.scale, expected.scale)
+    assert torch.equal(result.qparams.zero_point, expected.zero_point)
+    codes, _, _ = reference(weight, stats.gram, expected, grid, True, 0.01)
+    assert float((result.codes == codes).double().mean()) > 0.99
+
+
+@pytest.mark.parametrize("order", [True, False])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_diagonal_gram_gives_round_to_nearest(strategy, symmetric, order):
+    weight = normal(8, 60)
+    grid = grid_for(strategy, 4, symmetric)
+    stats = InputStats(torch.diag(normal(60, seed=3).square() + 0.1), 10)
+    (result,) = gptq([weight], stats, grid, observer="minmax", order=order, block_size=16)
+    expected = round_to_nearest(weight, grid)
+    assert torch.equal(result.codes, expected.codes)
+    assert torch.equal(result.qparams.scale, expected.qparams.scale)
+
+
+@pytest.mark.parametrize("order", [True, False])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_beats_round_to_nearest_on_correlated_inputs(bits, strategy, order):
+    weight, stats = normal(16, 100), correlated(100)
+    grid = grid_for(strategy, bits)
+    (result,) = gptq([weight], stats, grid, observer="minmax", order=order)
+    rounded = round_to_nearest(weight, grid)
+    error, baseline = (quadratic(weight, r.dense(), stats.gram) for r in (result, rounded))
+    assert error < 0.7 * baseline
+    energy = quadratic(weight, torch.zeros_like(weight), stats.gram)
+    assert float(result.error) == pytest.approx(error / energy, rel=0.05)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_weights_of_one_input_are_solved_as_if_alone(strategy, symmetric):
+    weights = [normal(8, 60), normal(4, 60, seed=5) * 3, normal(17, 60, seed=6)]
+    stats, grid = correlated(60), grid_for(strategy, 4, symmetric)
+    together = gptq(weights, stats, grid)
+    assert len(together) == 3
+    for weight, joint in zip(weights, together, strict=True):
+        (alone,) = gptq([weight], stats, grid)
+        assert torch.equal(joint.qparams.scale, alone.qparams.scale)
+        assert symmetric or torch.equal(joint.qparams.zero_point, alone.qparams.zero_point)
+        # products of another height may round otherwise, which can tip one row over
+        assert joint.codes.shape == weight.shape and joint.codes.is_contiguous()
+        assert int((joint.codes != alone.codes).any(1).sum()) <= 1
+        assert float(joint.error) == pytest.approx(float(alone.error), rel=0.02)
+
+
+def test_inputs_stay_as_they_are_and_runs_repeat():
+    weights, stats = [normal(8, 60), normal(4, 60, seed=5)], correlated(60)
+    before = [w.clone() for w in weights], stats.gram.clone()
+    for order in (True, False):
+        for symmetric in (True, False):
+            grid = grid_for("group", 4, symmetric)
+            first, second = (gptq(weights, stats, grid, order=order, block_size=16) for _ in range(2))
+            for a, b in zip(first, second, strict=True):
+                assert torch.equal(a.codes, b.codes) and torch.equal(a.error, b.error)
+    assert all(torch.equal(w, b) for w, b in zip(weights, before[0], strict=True))
+    assert torch.equal(stats.gram, before[1])
+
+
+@pytest.mark.parametrize("order", [True, False])
+def test_a_dead_input_column_is_rounded_to_nearest(order):
+    stats = correlated(60)
+    dead = [0, 13, 59]
+    gram = stats.gram.clone()
+    gram[dead], gram[:, dead] = 0, 0
+    weight, grid = normal(8, 60) + 2, grid_for("group")
+    (result,) = gptq([weight], InputStats(gram, stats.tokens), grid, order=order)
+    nearest = quantize(weight, result.qparams, grid)
+    assert torch.equal(result.codes[:, dead], nearest[:, dead])
+    assert bool((result.codes[:, dead] != 0).any(0).all())
+    assert not torch.equal(result.codes, nearest)
+    codes, _, _ = reference(weight, gram, result.qparams, grid, order, 0.01)
+    assert float((result.codes == codes).double().mean()) > 0.99
+
+
+def test_all_inputs_dead():
+    weight, grid = normal(4, 40), grid_for("group")
+    (result,) = gptq([weight], InputStats(torch.zeros(40, 40), 3), grid)
+    assert torch.equal(result.codes, quantize(weight, result.qparams, grid))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_statistics_that_are_no_numbers(value):
+    stats = correlated(40)
+    stats.gram[3, 7] = value
+    with pytest.raises(NumericsError, match="NaN or infinity in the input activations"):
+        gptq([normal(4, 40)], stats, grid_for("group"))
+
+
+def test_a_gram_matrix_that_is_none():
+    gram = torch.eye(40)
+    gram[0, 1] = gram[1, 0] = 2
+    with pytest.raises(NumericsError, match="not positive definite"):
+        gptq([normal(4, 40)], InputStats(gram, 1), grid_for("group"))

@@ -1,0 +1,247 @@
+"""Scales, zero points and rounding, against arithmetic by hand in float64."""
+
+import pytest
+import torch
+
+from bitpress.math import grid as grid_module
+from bitpress.math.grid import SHRINK, Grid, QParams, dequantize, find_qparams, quantize, solved
+from bitpress.math.rtn import round_to_nearest
+
+R, C, SIZE = 6, 48, 16
+STRATEGIES = ["tensor", "channel", "group"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def grid(bits=4, symmetric=True, strategy="group", dtype=torch.float32):
+    return Grid(bits, symmetric, SIZE if strategy == "group" else None, strategy == "tensor", dtype)
+
+
+def random(*shape, seed=0):
+    """Heavy-tailed numbers, so that clipping pays."""
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return x * x.abs()
+
+
+def spread(x, g):
+    """Scales or zero points (R, G), one for each weight (R, C) in float64."""
+    return x.double().repeat_interleave(C // g.groups(C), 1)
+
+
+def by_hand(weight, scale, zero, g):
+    """Weights after rounding on a grid, in float64."""
+    zero = 0 if zero is None else spread(zero, g)
+    codes = (weight.double() / spread(scale, g) + zero).round().clamp(g.qmin, g.qmax)
+    return (codes - zero) * spread(scale, g)
+
+
+def group_sums(squares, g):
+    """Sums of (R, C) over what shares a scale: (R, G), or one number."""
+    return squares.sum() if g.per_tensor else squares.reshape(R, g.groups(C), -1).sum(-1)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_limits(bits):
+    g = grid(bits)
+    assert (g.qmin, g.qmax) == (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    assert g.groups(C) == 3
+    assert grid(strategy="channel").groups(C) == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_symmetric_minmax_scales(strategy, dtype):
+    weight = random(R, C)
+    found = find_qparams(weight, grid(4, True, strategy, dtype))
+    absmax = {
+        "tensor": weight.abs().amax().expand(R, 1),
+        "channel": weight.abs().amax(1, keepdim=True),
+        "group": weight.abs().reshape(R, 3, SIZE).amax(-1),
+    }[strategy]
+    assert found.zero_point is None
+    assert found.scale.dtype == dtype
+    torch.testing.assert_close(found.scale, (absmax * 2 / 15).to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_asymmetric_minmax_covers_the_range(strategy):
+    weight = random(R, C) + 0.5
+    g = grid(4, False, strategy)
+    found = find_qparams(weight, g)
+    assert found.scale.shape == found.zero_point.shape == (R, g.groups(C))
+    assert found.zero_point.dtype == torch.int8
+    scale, zero = spread(found.scale, g), spread(found.zero_point, g)
+    low, high = (g.qmin - zero - 0.5) * scale, (g.qmax - zero + 0.5) * scale
+    assert bool(((low <= weight + 1e-5) & (weight - 1e-5 <= high)).all())
+    shares = group_sums(torch.ones(R, C), g)
+    assert torch.allclose(found.scale.double() * 15 * shares.sign(), spans(weight, g), rtol=1e-6)
+
+
+def spans(weight, g):
+    grouped = weight.double().reshape((1, 1, -1) if g.per_tensor else (R, g.groups(C), -1))
+    span = grouped.amax(-1).clamp(min=0) - grouped.amin(-1).clamp(max=0)
+    return span.expand(R, g.groups(C))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_minmax_errs_by_half_a_step_at_most(bits, symmetric):
+    weight, g = random(R, C), grid(bits, symmetric)
+    found = find_qparams(weight, g)
+    steps = (dequantize(quantize(weight, found, g), found).double() - weight).abs() / spread(found.scale, g)
+    assert 0.4 < float(steps.max()) < 0.5 + 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_codes_belong_to_the_stored_scale(symmetric, dtype):
+    weight, g = random(64, C), grid(8, symmetric, "channel", dtype)
+    found = find_qparams(weight, g)
+    zero = 0 if symmetric else found.zero_point.float()
+    codes = quantize(weight, found, g)
+    assert torch.equal(codes.float(), (weight / found.scale.float() + zero).round().clamp(-128, 127))
+    exact = find_qparams(weight, grid(8, symmetric, "channel"))
+    assert not torch.equal(codes, quantize(weight, QParams(exact.scale, found.zero_point), g))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("weighted", [False, True], ids=["mse", "hessian"])
+def test_search_takes_the_best_candidate(weighted, bits, strategy, symmetric, monkeypatch):
+    monkeypatch.setattr(grid_module, "CHUNK", 100)  # several chunks, the last one partly filled
+    weight, g = random(R, C), grid(bits, symmetric, strategy)
+    importance = random(C, seed=1).abs() if weighted else None
+    weights = torch.ones(C, dtype=torch.float64) if importance is None else importance.double()
+
+    def loss(found):
+        return group_sums((by_hand(weight, found.scale, found.zero_point, g) - weight).square() * weights, g)
+
+    minmax = find_qparams(weight, g)
+    best = loss(find_qparams(weight, g, importance, search=True))
+    assert bool((best <= loss(minmax) * (1 + 1e-4)).all())
+    if bits < 8:
+        assert float(best.sum()) < float(loss(minmax).sum())
+    # every candidate, from the extreme weights shrunk by hand
+    grouped = weight.reshape((1, 1, -1) if g.per_tensor else (R, g.groups(C), -1))
+    low, high = (x.expand(R, g.groups(C)) for x in (grouped.amin(-1), grouped.amax(-1)))
+    for share in SHRINK:
+        if symmetric:
+            candidate = QParams(torch.maximum(low.abs(), high.abs()) * share * 2 / (2**bits - 1), None)
+        else:
+            bottom = (low * share).clamp(max=0)
+            scale = ((high * share).clamp(min=0) - bottom) / (2**bits - 1)
+            candidate = QParams(scale, (g.qmin - bottom / scale).round().clamp(g.qmin, g.qmax))
+        assert bool((best <= loss(candidate) * (1 + 1e-3)).all()), share
+
+
+def test_importance_matters():
+    weight, g = random(R, C), grid(3)
+    importance = torch.full((C,), 1e-3)
+    importance[3::SIZE] = 1.0
+    plain, weighted = find_qparams(weight, g, search=True), find_qparams(weight, g, importance, search=True)
+    error = [(by_hand(weight, q.scale, None, g) - weight)[:, 3::SIZE].square().sum() for q in (plain, weighted)]
+    assert error[1] < 0.5 * error[0]
+
+
+@pytest.mark.parametrize("search", [False, True])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_groups_of_zeros(dtype, strategy, symmetric, search):
+    weight = random(R, C)
+    weight[:, SIZE : 2 * SIZE] = 0
+    weight[1] = 0
+    for w in (weight, torch.zeros(R, C)):
+        g = grid(4, symmetric, strategy, dtype)
+        found = find_qparams(w, g, torch.ones(C), search=search)
+        assert bool(torch.isfinite(found.scale).all()) and bool((found.scale > 0).all())
+        dense = dequantize(quantize(w, found, g), found)
+        assert bool((dense[w == 0] == 0).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_below_the_dtype_give_the_smallest_normal_scale(dtype):
+    weight = torch.full((1, SIZE), 1e-30 if dtype == torch.float16 else 1e-38)
+    found = find_qparams(weight, grid(4, True, "group", dtype))
+    assert found.scale.item() == torch.finfo(dtype).tiny
+
+
+@pytest.mark.parametrize("search", [False, True])
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_zero_is_on_asymmetric_grids(dtype, bits, search):
+    g = grid(bits, False, "group", dtype)
+    shift = torch.tensor([0.0, 5.0, -5.0, 0.5, -0.5, 100.0])[:, None]
+    weight = random(R, C).clamp(-4, 4) + shift
+    zero = find_qparams(weight, g, search=search).zero_point.int()
+    assert bool(((zero >= g.qmin) & (zero <= g.qmax)).all())
+    assert bool((zero[[1, 5]] == g.qmin).all()), "all weights are positive"
+    assert bool((zero[2] >= g.qmax - 1).all()), "all weights are negative; the scale may be rounded up"
+    found = find_qparams(weight, g, search=search)
+    back = dequantize(quantize(torch.zeros(R, C), found, g), found)
+    assert bool((back == 0).all())
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_dequantize_and_back(symmetric, strategy):
+    g = grid(4, symmetric, strategy)
+    found = find_qparams(random(R, C), g)
+    codes = torch.randint(g.qmin, g.qmax + 1, (R, C), generator=torch.Generator().manual_seed(1)).to(torch.int8)
+    dense = dequantize(codes, found)
+    zero = 0 if symmetric else spread(found.zero_point, g)
+    expected = (codes.double() - zero) * spread(found.scale, g)
+    assert dense.dtype == torch.float32
+    torch.testing.assert_close(dense.double(), expected, rtol=1e-6, atol=0)
+    assert torch.equal(quantize(dense, found, g), codes)
+
+
+def test_half_steps_round_to_even_and_the_ends_are_clamped():
+    weight = torch.tensor([[0.5, 1.5, -0.5, -2.5, 9.0, -9.0, 6.6, -7.6]])
+    found = QParams(torch.ones(1, 1), None)
+    codes = quantize(weight, found, Grid(4, True, None, False, torch.float32))
+    assert codes.tolist() == [[0, 2, 0, -2, 7, -8, 7, -8]]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_inputs_stay_as_they_are(strategy):
+    weight, importance = random(R, C), random(C).abs()
+    before = weight.clone(), importance.clone()
+    for symmetric in (True, False):
+        g = grid(4, symmetric, strategy)
+        found = find_qparams(weight, g, importance, search=True)
+        solved(weight, quantize(weight, found, g), found, torch.eye(C))
+    assert torch.equal(weight, before[0]) and torch.equal(importance, before[1])
+
+
+def test_error_is_the_share_of_the_output_that_is_lost():
+    weight, x = random(R, C), random(200, C, seed=2)
+    g = grid(3)
+    found = find_qparams(weight, g)
+    codes = quantize(weight, found, g)
+    delta = by_hand(weight, found.scale, None, g) - weight
+    own = float(delta.square().sum() / weight.double().square().sum())
+    output = float((x.double() @ delta.T).square().sum() / (x.double() @ weight.double().T).square().sum())
+    assert float(solved(weight, codes, found, None).error) == pytest.approx(own, rel=1e-4)
+    assert float(solved(weight, codes, found, x.T @ x).error) == pytest.approx(output, rel=0.02)
+    assert float(solved(torch.zeros(R, C), torch.zeros_like(codes), found, None).error) == 0
+
+
+def test_rows_of_parameters():
+    found = find_qparams(random(R, C), grid(4, False))
+    part = found.rows(2, 5)
+    assert torch.equal(part.scale, found.scale[2:5]) and torch.equal(part.zero_point, found.zero_point[2:5])
+    assert found.to("cpu").scale.device.type == "cpu"
+
+
+@pytest.mark.parametrize("observer", ["minmax", "mse"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_round_to_nearest(symmetric, observer):
+    weight, g = random(R, C), grid(3, symmetric, "group", torch.bfloat16)
+    result = round_to_nearest(weight, g, observer=observer)
+    expected = find_qparams(weight, g, search=observer == "mse")
+    assert torch.equal(result.qparams.scale, expected.scale)
+    assert torch.equal(result.codes, quantize(weight, expected, g))
+    assert result.dense().dtype == torch.bfloat16
+    other = round_to_nearest(weight, g, observer="mse" if observer == "minmax" else "minmax")
+    assert (result.error < other.error) == (observer == "mse")

@@ -1,0 +1,84 @@
+"""Gram matrices against float64, and the process-wide switch that is put back."""
+
+import pytest
+import torch
+
+from bitpress.math import stats as stats_module
+from bitpress.math.stats import BLOCK_ROW, GramAccumulator, InputStats, bfloat16_products
+
+BACKEND = torch.backends.mkldnn.matmul
+
+
+@pytest.fixture(params=["none", "ieee"])
+def precision(request):
+    """A setting that the user may have made."""
+    before = BACKEND.fp32_precision
+    BACKEND.fp32_precision = request.param
+    yield BACKEND.fp32_precision
+    BACKEND.fp32_precision = before
+
+
+def batches(width, dtype):
+    generator = torch.Generator().manual_seed(width)
+    shapes = [(2, 5, width), (1, 1, width), (23, width)]
+    return [torch.randn(s, generator=generator).mul_(3).add_(0.5).to(dtype) for s in shapes]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+@pytest.mark.parametrize("width", [1, 7, BLOCK_ROW, BLOCK_ROW + 1, 511, 512, 1100])
+def test_gram_equals_float64(width, dtype, monkeypatch):
+    monkeypatch.setattr(stats_module, "CHUNK", 8)  # several chunks a batch, the last one partly filled
+    sums = GramAccumulator(width, torch.device("cpu"))
+    inputs = batches(width, dtype)
+    before = [x.clone() for x in inputs]
+    for x in inputs:
+        sums.add(x)
+    stats = sums.finish()
+    tokens = torch.cat([x.reshape(-1, width) for x in inputs]).double()
+    expected = tokens.T @ tokens
+    assert stats.tokens == len(tokens) == 34
+    assert stats.gram.dtype == torch.float32 and stats.gram.shape == (width, width)
+    assert torch.equal(stats.gram, stats.gram.T)
+    size = expected.diagonal().sqrt()
+    assert float(((stats.gram.double() - expected) / (size[:, None] * size)).abs().max()) < 2e-6
+    assert all(torch.equal(x, b) for x, b in zip(inputs, before, strict=True))
+
+
+def test_bytes():
+    assert GramAccumulator.nbytes(1100) == 4 * 1100 * 1100
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_setting_of_matrix_products_is_put_back(dtype, precision):
+    sums = GramAccumulator(8, torch.device("cpu"))
+    sums.add(torch.ones(3, 8, dtype=dtype))
+    assert BACKEND.fp32_precision == precision
+    with pytest.raises(RuntimeError):
+        sums.add(torch.ones(3, 9, dtype=dtype))
+    assert BACKEND.fp32_precision == precision
+
+
+def test_the_setting_is_made_within(precision):
+    with pytest.raises(KeyError), bfloat16_products(True):
+        assert BACKEND.fp32_precision == "bf16"
+        raise KeyError
+    assert BACKEND.fp32_precision == precision
+    with bfloat16_products(False):
+        assert BACKEND.fp32_precision == precision
+
+
+def test_merge_adds():
+    parts = []
+    for x in batches(40, torch.float32):
+        sums = GramAccumulator(40, torch.device("cpu"))
+        sums.add(x)
+        parts.append(sums.finish())
+    whole = GramAccumulator(40, torch.device("cpu"))
+    for x in batches(40, torch.float32):
+        whole.add(x)
+    expected = whole.finish()
+    first = parts[0].gram.clone()
+    merged = parts[0].merge(parts[1]).merge(parts[2])
+    assert isinstance(merged, InputStats) and merged.tokens == expected.tokens == 34
+    torch.testing.assert_close(merged.gram, expected.gram)
+    assert torch.equal(parts[0].gram, first)

@@ -1,0 +1,103 @@
+"""The factor of the inverse and the column sweep."""
+
+import math
+
+import pytest
+import torch
+
+from bitpress.errors import NumericsError
+from bitpress.math.grid import Grid, QParams, find_qparams, quantize
+from bitpress.math.sweep import LEAF, inverse_factor, sweep
+
+
+def positive(size, seed=0):
+    """A well-conditioned correlated Gram matrix."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(4 * size + 8, size, generator=generator) @ torch.randn(size, size, generator=generator)
+    gram = x.T @ x
+    gram.diagonal().add_(0.05 * gram.diagonal().mean())
+    return gram
+
+
+def pascal(size):
+    """Integers, positive definite with determinant 1, and ill-conditioned."""
+    return torch.tensor([[math.comb(i + j, i) for j in range(size)] for i in range(size)], dtype=torch.float32)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 16, 65, 130])
+def test_factor_of_the_inverse(size):
+    hessian = positive(size)
+    before = hessian.clone()
+    factor = inverse_factor(hessian)
+    assert factor.dtype == torch.float32
+    assert torch.equal(factor, factor.triu())
+    assert torch.equal(hessian, before)
+    inverse = torch.linalg.inv(hessian.double())
+    assert float((factor.T.double() @ factor.double() - inverse).norm() / inverse.norm()) < 1e-4
+    # the factor with a positive diagonal is unique: the Cholesky factor of the paper
+    expected = torch.linalg.cholesky(inverse, upper=True)
+    torch.testing.assert_close(factor.double(), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_double_precision_where_single_fails():
+    hessian = pascal(13)
+    assert torch.linalg.cholesky_ex(hessian.flip(0, 1))[1].item() != 0, "the test needs a harder matrix"
+    factor = inverse_factor(hessian).double()
+    inverse = torch.linalg.inv(hessian.double())
+    assert float((factor.T @ factor - inverse).norm() / inverse.norm()) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "hessian",
+    [torch.zeros(3, 3), torch.tensor([[1.0, 2.0], [2.0, 1.0]]), -torch.eye(4), torch.full((3, 3), torch.nan)],
+    ids=["zero", "indefinite", "negative", "nan"],
+)
+def test_not_positive_definite(hessian):
+    with pytest.raises(NumericsError, match="not positive definite: raise dampening_frac"):
+        inverse_factor(hessian)
+
+
+def test_two_columns_by_hand():
+    grid = Grid(4, True, None, False, torch.float32)
+    unit = QParams(torch.ones(1, 1), None)
+    weight = torch.tensor([[0.4, 0.6]])
+    factor = torch.tensor([[1.0, 0.5], [0.0, 1.0]])
+    groups = torch.zeros(2, dtype=torch.int64)
+    # 0.4 rounds to 0; its error 0.4 takes 0.5 * 0.4 from the second column: 0.4, which rounds to 0 too
+    assert sweep(weight, factor, unit, groups, grid, 128).tolist() == [[0, 0]]
+    # the error is divided by the pivot, the row of the factor is not
+    factor = torch.tensor([[2.0, 0.5], [0.0, 1.0]])
+    assert sweep(weight, factor, unit, groups, grid, 128).tolist() == [[0, 0]]
+    factor = torch.tensor([[4.0, 0.5], [0.0, 1.0]])
+    assert sweep(weight, factor, unit, groups, grid, 128).tolist() == [[0, 1]]
+    shifted = QParams(torch.ones(1, 1), torch.full((1, 1), 3, dtype=torch.int8))
+    assert sweep(weight, factor, shifted, groups, grid, 128).tolist() == [[3, 4]]
+    # an error by clamping is compensated like any other: 9 becomes 7, and 2 * 0.5 goes to the second column
+    weight, factor = torch.tensor([[9.0, 0.6]]), torch.tensor([[1.0, -0.5], [0.0, 1.0]])
+    assert sweep(weight, factor, unit, groups, grid, 128).tolist() == [[7, 2]]
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_without_correlation_it_rounds_to_nearest(symmetric):
+    weight = torch.randn(5, 48, generator=torch.Generator().manual_seed(0))
+    grid = Grid(3, symmetric, 16, False, torch.float32)
+    found = find_qparams(weight, grid)
+    codes = sweep(weight, torch.eye(48) * 0.3, found, torch.arange(48) // 16, grid, 128)
+    assert torch.equal(codes, quantize(weight, found, grid))
+
+
+@pytest.mark.parametrize("columns", [1, LEAF, LEAF + 1, 37, 96])
+@pytest.mark.parametrize("block_size", [1, 5, LEAF, LEAF + 1, 32, 64, 200])
+def test_block_size_does_not_matter(columns, block_size):
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(16, columns, generator=generator)
+    before = weight.clone()
+    grid = Grid(4, True, None, False, torch.float32)
+    found, factor = find_qparams(weight, grid), inverse_factor(positive(columns))
+    groups = torch.zeros(columns, dtype=torch.int64)
+    one = sweep(weight, factor, found, groups, grid, columns)
+    other = sweep(weight, factor, found, groups, grid, block_size)
+    assert other.shape == weight.shape and other.dtype == torch.int8
+    # a code that rounding noise tips over changes the rest of its row
+    assert int((one != other).any(1).sum()) <= 1
+    assert torch.equal(weight, before)
