@@ -33,6 +33,7 @@ class Arguments:
     tokenizer: Any = None
     splits: Any = None
     dataset_config_name: str | None = None
+    dataset_path: Any = None
     text_column: str = "text"
     num_calibration_samples: int = 512
     max_seq_length: int = 384
@@ -90,6 +91,7 @@ def oneshot(
     processor: Any = None,
     splits: str | Sequence[str] | Mapping[str, str] | None = None,
     dataset_config_name: str | None = None,
+    dataset_path: str | os.PathLike[str] | None = None,
     text_column: str = "text",
     num_calibration_samples: int = 512,
     max_seq_length: int = 384,
@@ -128,6 +130,7 @@ def oneshot(
         tokenizer: object or path; None: the model's own. `processor` is the same under another name.
         splits: split of the data: "train[:5%]", a list, or {"calibration": ..., "train": ...}.
         dataset_config_name: configuration of a hub dataset.
+        dataset_path: file or folder that a registered name is read from ("custom", "json" and "csv" need one).
         text_column: column that holds the text.
         num_calibration_samples: sequences.
         max_seq_length: tokens per sequence.
@@ -165,7 +168,7 @@ def oneshot(
 
     arguments = Arguments(
         model=model, dataset=dataset, recipe=recipe, tokenizer=tokenizer if tokenizer is not None else processor,
-        splits=splits, dataset_config_name=dataset_config_name, text_column=text_column,
+        splits=splits, dataset_config_name=dataset_config_name, dataset_path=dataset_path, text_column=text_column,
         num_calibration_samples=num_calibration_samples, max_seq_length=max_seq_length,
         shuffle_calibration_samples=shuffle_calibration_samples, concatenate_data=concatenate_data,
         separator=separator, preprocessing_func=preprocessing_func,
@@ -280,7 +283,7 @@ def _data(args: Arguments, subject: Subject) -> tuple[Any, CalibrationData]:
     if tokenizer is None or _is_path(tokenizer):
         tokenizer = find_tokenizer(tokenizer or subject.folder or getattr(subject.config, "_name_or_path", ""), args)
     data = load_calibration(
-        args.dataset, tokenizer=tokenizer, splits=args.splits, dataset_config_name=args.dataset_config_name,
+        args.dataset, tokenizer=tokenizer, splits=args.splits, dataset_config_name=args.dataset_config_name, dataset_path=args.dataset_path,
         text_column=args.text_column, num_samples=args.num_calibration_samples, max_seq_length=args.max_seq_length,
         pack=args.concatenate_data, separator=args.separator, shuffle=args.shuffle_calibration_samples,
         seed=args.seed, preprocessing_func=args.preprocessing_func, streaming=args.streaming,

@@ -6,6 +6,7 @@ linears are solved, and one more forward with the weights as they are stored giv
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from bitpress import formats, ranks
 from bitpress.blocks import Batch, collect
 from bitpress.errors import NumericsError
-from bitpress.math.grid import QParams, Solved
+from bitpress.math.grid import QParams, Solved, settle
 from bitpress.math.stats import InputStats
 from bitpress.output import Output
 from bitpress.plan import Plan, Site, bits_per_weight, experts_in, label
@@ -113,6 +114,14 @@ def _block(run: Run, index: int, states: HiddenStates, *, collects: bool, feeds:
             states[i] = subject.blocks.run(index, batch)
         run.timed("propagate", clock)
     subject.unload(prefix)
+    _trim()
+
+
+def _trim() -> None:
+    """Give freed memory back to the system: glibc keeps it, in pieces that the next block does not fit into."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def _outside(run: Run, states: HiddenStates) -> None:
@@ -236,7 +245,7 @@ def _solve(run: Run, sites: list[Site], stats: InputStats | None, policy: str) -
             solved = part[0].modifier.solve(weights, stats, part[0].group, grid)
         except NumericsError as error:
             raise NumericsError(f"{part[0].name}: {error}") from None
-        solved = ranks.broadcast(solved)
+        solved = [settle(z, grid) for z in ranks.broadcast(solved)]
         seconds = (time.perf_counter() - clock) / len(part)
         for site, z in zip(part, solved, strict=True):
             report = LayerReport(

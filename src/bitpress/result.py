@@ -52,6 +52,7 @@ class SavedModel:
         **kwargs: Any,
     ) -> None:
         """Save to another folder, packed or (save_compressed=False) dense beside scales; see `attach`."""
+        from bitpress.checkpoint import copy_companions
         from bitpress.inspection import read_config
 
         check_format(quantization_format)
@@ -63,6 +64,9 @@ class SavedModel:
             if target.resolve() != self.folder.resolve():
                 shutil.copytree(self.folder, target, dirs_exist_ok=True)
             return
+        if target.resolve() != self.folder.resolve() and not target.is_file():
+            target.mkdir(parents=True, exist_ok=True)
+            copy_companions(self.folder, target)
         self.load().save_pretrained(target, save_compressed=wanted, quantization_format=quantization_format, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -197,7 +201,7 @@ def reload(place: str | os.PathLike[str], *, dtype: Any = "auto", device_map: An
         CheckpointError: a scheme that bitpress does not write.
         ConfigError: a device_map over several devices.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     from bitpress import plan
     from bitpress.checkpoint import Source
@@ -221,8 +225,10 @@ def reload(place: str | os.PathLike[str], *, dtype: Any = "auto", device_map: An
     config = AutoConfig.from_pretrained(folder, local_files_only=True, **kwargs)
     del config.quantization_config
     dtype = checkpoint_dtype(config, source) if dtype == "auto" else dtype
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, **kwargs)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, **kwargs).eval()
     model.name_or_path = str(folder)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     subject = ModuleSubject(model)
     made = plan.make([modifier], subject, samples=1, length=1, device=subject.home)
     packed = {site.key for site in made.sites}

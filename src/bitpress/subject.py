@@ -245,12 +245,12 @@ class ModuleSubject(Subject):
         if getattr(model.config, "is_encoder_decoder", False):
             raise PlanError("an encoder-decoder; bitpress compresses decoder language models")
         self.model = model
-        self._was_training = model.training
-        model.eval()
         self.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         self.layout = layout(model, names_on_disk(model))
         self.blocks = Blocks(model)
+        self._training = [m for m in model.modules() if m.training]
         self.experts = unfuse(model)
+        model.eval()
         self.home = next(iter(devices))
 
     def spec(self, key: str) -> tuple[torch.dtype, tuple[int, ...]]:
@@ -301,7 +301,8 @@ class ModuleSubject(Subject):
 
     def close(self) -> None:
         refuse(self.model, self.experts)
-        self.model.train(self._was_training)
+        for module in self._training:
+            module.training = True
 
 
 def output_head(model: Any) -> nn.Module | None:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import bitpress.oneshot as entry
-from bitpress import CheckpointError, PlanError, Recipe, formats, oneshot
+from bitpress import CheckpointError, ConfigError, PlanError, Recipe, formats, oneshot, plan, states
 from bitpress.checkpoint import Source
 from bitpress.cli import main
 from bitpress.modifiers.quantization import GPTQModifier, QuantizationModifier
-from bitpress.plan import Plan
 from bitpress.transformers import SparseAutoModelForCausalLM
 from conftest import build, save, token_rows
 from helpers import assert_same_tensors, client, logits, make_tokenizer, tensors
@@ -78,7 +77,9 @@ def test_packed_and_dense_hold_the_same_codes(name, tmp_path, rows):
     for weight in quantized:
         assert dense[weight].dtype == BF16 and torch.equal(dense[weight], model.get_parameter(weight))
         assert torch.equal(dense[weight + "_scale"], packed[weight + "_scale"])
-        assert (weight + "_zero_point" in dense) == ("asym" in name.lower())
+        assert (weight + "_zero_point" in packed) == ("asym" in name.lower())
+    zeros = [dense[weight + "_zero_point"] for weight in quantized]  # transformers wants them of symmetric ones too
+    assert any(bool(z.any()) for z in zeros) == ("asym" in name.lower())
     assert not any(n.endswith(("_packed", "_shape")) for n in dense)
     assert config_of(tmp_path / "packed")["quantization_config"]["quantization_status"] == "compressed"
     assert config_of(tmp_path / "dense")["quantization_config"]["quantization_status"] == "frozen"
@@ -112,8 +113,11 @@ def test_both_forms_load_in_transformers(name, tmp_path, rows):
         for key, value in loaded.state_dict().items():
             if key.endswith("_proj.weight"):
                 assert torch.equal(value, model.get_parameter(key)), key
-        if "W8A8" not in name:  # the client rounds W8A8's activations, ours computes in full precision
-            assert torch.equal(logits(loaded), expected)
+        got = logits(loaded)
+        if "8" not in name or (compressed and "W8A8" not in name):
+            assert torch.equal(got, expected)
+        else:  # the client rounds once more: activations to int8, dense weights in bfloat16 to codes
+            assert (got - expected).float().norm() < 0.05 * expected.float().norm()
 
 
 def test_int8_activations_are_dynamic_per_token(tmp_path, rows):
@@ -236,8 +240,6 @@ def test_a_saved_model_becomes_dense_with_its_tokenizer(saved, tmp_path):
 
 @pytest.mark.parametrize("where", ["copy", "dense"])
 def test_a_storage_format_that_is_not_written(where, saved, tmp_path):
-    from bitpress import ConfigError
-
     with pytest.raises(ConfigError, match=r"quantization_format: 'pack_quantized' .* Did you mean 'pack-quantized'"):
         saved.save_pretrained(tmp_path / where, save_compressed=where == "copy", quantization_format="pack_quantized")
     assert not (tmp_path / where).exists()
@@ -385,15 +387,15 @@ CASES = {
 def test_the_plan_knows_the_output_to_the_byte(case, compressed, tmp_path, monkeypatch):
     family, keys = CASES[case]
     base = save(build(family, BF16), tmp_path / "base")
-    ready: list[Plan] = []
-    real = entry.prepare
-    monkeypatch.setattr(entry, "prepare", lambda args: [p := real(args), ready.append(p.plan)][0])
+    made = []
+    real = plan.make
+    monkeypatch.setattr(plan, "make", lambda *args, **options: [made.append(p := real(*args, **options)), p][1])
     wanted = {"QuantizationModifier": {"ignore": ["lm_head", "embed_out"], **keys}}
     oneshot(base, None, wanted, output_dir=tmp_path / "out", save_compressed=compressed)
-    assert ready[0].output_bytes == bytes_of(tmp_path / "out")
+    assert made[0].output_bytes == bytes_of(tmp_path / "out")
     in_memory = build(family, BF16)
     oneshot(in_memory, None, wanted, output_dir=tmp_path / "memory", save_compressed=compressed)
-    assert ready[1].output_bytes == bytes_of(tmp_path / "memory")
+    assert made[1].output_bytes == bytes_of(tmp_path / "memory")
 
 
 def test_a_limit_that_no_block_fits_into(tmp_path, rows):
@@ -406,25 +408,20 @@ def test_a_limit_that_no_block_fits_into(tmp_path, rows):
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_under_a_small_limit_hidden_states_go_to_disk(family, tmp_path, monkeypatch):
-    from bitpress import plan, states
-
-    rows = token_rows(8, 64)
+    rows = token_rows(48, 64)
     base = save(build(family, BF16), tmp_path / "base")
-    options = {"max_seq_length": 64, "num_calibration_samples": 8, "batch_size": 1}
+    options = {"max_seq_length": 64, "num_calibration_samples": 48, "batch_size": 1}
     oneshot(base, rows, W4, output_dir=tmp_path / "roomy", **options)
 
     made = []
     real = states.HiddenStates.__setitem__
     monkeypatch.setattr(states.HiddenStates, "__setitem__", lambda s, i, x: (made.append(s.where), real(s, i, x))[1])
     monkeypatch.setattr(plan, "PROCESS_BYTES", 0)
-    limit = 1 << 17
-    while True:  # the least limit that is accepted
-        try:
-            oneshot(base, rows, W4, output_dir=tmp_path / "tight", max_memory=limit, **options)
-            break
-        except PlanError as error:
-            assert "one block needs" in str(error)
-            limit = int(limit * 1.02)
+    with pytest.raises(PlanError, match="one block needs") as refused:
+        oneshot(base, rows, W4, output_dir=tmp_path / "tight", max_memory=1000, **options)
+    needed = float(re.search(r"needs ([\d.]+) MiB", str(refused.value))[1])
+    limit = int((needed + 0.1) * 2**20)  # leaves less than twice the 192 KiB of hidden states
+    oneshot(base, rows, W4, output_dir=tmp_path / "tight", max_memory=limit, **options)
     assert set(made) == {"disk"}
     assert_same_tensors(tensors(tmp_path / "tight"), tensors(tmp_path / "roomy"))
     assert not list((tmp_path / "tight").glob("**/states-*"))

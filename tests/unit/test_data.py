@@ -24,7 +24,7 @@ from bitpress.errors import DataError
 
 UNK, EOS, BOS, SEP, USER, ASSISTANT, SYSTEM = range(7)
 FIRST = 10  # the id of "w0"
-TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
+TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ 'w99 ' if 'tool_calls' in m }}{{ m['content'] }} {% endfor %}"
 
 
 def make_tokenizer(template: str | None = None, eos: str | None = "<eos>") -> PreTrainedTokenizerFast:
@@ -612,7 +612,7 @@ def test_progress_bars_are_off_while_files_are_read(tmp_path: Path, monkeypatch:
 
 
 def test_bad_paths(tmp_path: Path) -> None:
-    for name in (str(tmp_path / "none"), "rows.jsonl", "./here", "a/b/c", "~nobody/x"):
+    for name in (str(tmp_path / "none"), "rows.jsonl", "./here", "a/b/c", "~no-such-user-here/x"):
         assert f"{name.removeprefix('./')}: no such file or folder" in message(name)
     assert "none.txt: no such file" in message(tmp_path / "none.txt")
     (tmp_path / "notes.pdf").write_bytes(b"%PDF")

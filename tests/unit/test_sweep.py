@@ -75,6 +75,7 @@ def test_two_columns_by_hand():
     # an error by clamping is compensated like any other: 9 becomes 7, and 2 * 0.5 goes to the second column
     weight, factor = torch.tensor([[9.0, 0.6]]), torch.tensor([[1.0, -0.5], [0.0, 1.0]])
     assert sweep(weight, factor, unit, groups, grid, 128).tolist() == [[7, 2]]
+    assert weight.tolist() == [[9.0, torch.tensor(0.6).item()]]
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from bitpress.data.local import cause_of, looks_like_path, open_local
-from bitpress.data.splits import close_name, has_slice, pick_split, slice_single, split_name
+from bitpress.data.splits import close_name, pick_split, slice_single, split_name
 from bitpress.data.table import REGISTERED, Registered, find_registered
 from bitpress.errors import DataError, did_you_mean
 
@@ -149,7 +149,7 @@ def _open_hub(name: str, registered: Registered | None, wanted: Wanted) -> Sourc
     if wanted.trust_remote_code and _scripts_supported():
         options["trust_remote_code"] = True
     # `datasets` does not slice streams: the whole split is opened, and sliced here
-    asked = split_name(spec) if spec and wanted.streaming and has_slice(spec) else spec
+    asked = split_name(spec) if spec and wanted.streaming else spec
     try:
         loaded = _load_hub(hub_id, config, asked, **options)
     except Exception as error:

@@ -182,6 +182,17 @@ def dequantize(codes: Tensor, qparams: QParams) -> Tensor:
     return (x * scale.to(torch.float32)[..., None]).to(scale.dtype).reshape(R, C)
 
 
+def settle(solved: Solved, grid: Grid) -> Solved:
+    """The same weights, by the codes that rounding them gives again.
+
+    Eight bits with zero points are finer than bfloat16: two codes may mean one weight, or, in one of some thousands,
+    weights that differ in their last bit. A dense copy could not tell which it was.
+    """
+    if grid.symmetric or grid.bits < 8 or grid.scale_dtype != torch.bfloat16:
+        return solved
+    return replace(solved, codes=quantize(solved.dense().float(), solved.qparams, grid))
+
+
 def solved(weight: Tensor, codes: Tensor, qparams: QParams, gram: Tensor | None) -> Solved:
     """A `Solved` with its error, measured with the Gram matrix (C, C) if there is one."""
     delta = dequantize(codes, qparams).float() - weight

@@ -6,6 +6,8 @@ inv(H) = U^T U.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -54,43 +56,64 @@ def sweep(weight: Tensor, factor: Tensor, qparams: QParams, groups: Tensor, grid
         codes (R, C) int8, columns in the order given.
     """
     R, C = weight.shape
-    work = weight.T.clone(memory_format=torch.contiguous_format)  # a column of the weight is a contiguous row here
-    scale = qparams.scale.T.float().contiguous()
-    zero = None if qparams.zero_point is None else qparams.zero_point.T.float().contiguous()
-    codes = torch.empty(C, R, dtype=torch.int8, device=weight.device)
-    errors = torch.empty(min(block_size, C), R, device=weight.device)
-    index = groups.tolist()
-    pivots = factor.diagonal().tolist() if factor.device.type == "cpu" else factor.diagonal()
-
-    def column(j: int, base: int) -> None:
-        w, s = work[j], scale[index[j]]
-        q = w / s
-        if zero is None:
-            q.round_().clamp_(grid.qmin, grid.qmax)
-            codes[j] = q
-        else:
-            z = zero[index[j]]
-            q.add_(z).round_().clamp_(grid.qmin, grid.qmax)
-            codes[j] = q
-            q.sub_(z)
-        torch.sub(w, q.mul_(s), out=q)
-        torch.div(q, pivots[j], out=errors[j - base])
-
-    def solve(lo: int, hi: int, base: int) -> None:
-        if hi - lo > LEAF:
-            mid = (lo + hi) // 2
-            solve(lo, mid, base)
-            work[mid:hi].addmm_(factor[lo:mid, mid:hi].T, errors[lo - base : mid - base], alpha=-1)
-            solve(mid, hi, base)
-            return
-        for j in range(lo, hi):
-            column(j, base)
-            if j + 1 < hi:
-                work[j + 1 : hi].addr_(factor[j, j + 1 : hi], errors[j - base], alpha=-1)
-
+    block_size = min(block_size, C)
+    state = _State(
+        work=weight.T.contiguous(),
+        factor=factor,
+        pivots=factor.diagonal().tolist() if factor.device.type == "cpu" else list(factor.diagonal()),
+        scale=qparams.scale.T.float().contiguous(),
+        zero=None if qparams.zero_point is None else qparams.zero_point.T.float().contiguous(),
+        groups=groups.tolist(),
+        grid=grid,
+        codes=torch.empty(C, R, dtype=torch.int8, device=weight.device),
+        errors=torch.empty(block_size, R, device=weight.device),
+    )
     for base in range(0, C, block_size):
         end = min(base + block_size, C)
-        solve(base, end, base)
+        _solve(state, base, end, base)
         if end < C:
-            work[end:].addmm_(factor[base:end, end:].T, errors[: end - base], alpha=-1)
-    return codes.T.contiguous()
+            state.work[end:].addmm_(factor[base:end, end:].T, state.errors[: end - base], alpha=-1)
+    return state.codes.T.contiguous()
+
+
+@dataclass
+class _State:
+    """What a sweep works on, transposed: a column of the weight is a contiguous row here."""
+
+    work: Tensor  # (C, R)
+    factor: Tensor  # (C, C)
+    pivots: list[float] | list[Tensor]
+    scale: Tensor  # (G, R)
+    zero: Tensor | None
+    groups: list[int]
+    grid: Grid
+    codes: Tensor  # (C, R)
+    errors: Tensor  # (block_size, R), of the block at work
+
+
+def _solve(state: _State, lo: int, hi: int, base: int) -> None:
+    """Columns lo to hi of the block that starts at `base`: halves, so that most updates are matrix products."""
+    work, factor, errors = state.work, state.factor, state.errors
+    if hi - lo > LEAF:
+        mid = (lo + hi) // 2
+        _solve(state, lo, mid, base)
+        work[mid:hi].addmm_(factor[lo:mid, mid:hi].T, errors[lo - base : mid - base], alpha=-1)
+        _solve(state, mid, hi, base)
+        return
+    for j in range(lo, hi):
+        _column(state, j, errors[j - base])
+        if j + 1 < hi:
+            work[j + 1 : hi].addr_(factor[j, j + 1 : hi], errors[j - base], alpha=-1)
+
+
+def _column(state: _State, j: int, error: Tensor) -> None:
+    """Quantize one column; leaves its error over the pivot in `error` (R,)."""
+    w, s, grid = state.work[j], state.scale[state.groups[j]], state.grid
+    q = w / s
+    if state.zero is None:
+        state.codes[j] = q.round_().clamp_(grid.qmin, grid.qmax)
+    else:
+        z = state.zero[state.groups[j]]
+        state.codes[j] = q.add_(z).round_().clamp_(grid.qmin, grid.qmax)
+        q.sub_(z)
+    torch.div(torch.sub(w, q.mul_(s), out=q), state.pivots[j], out=error)
