@@ -5,13 +5,24 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test check clean
+.PHONY: demo test contract check clean
 
 demo: $(READY)
 	$(BIN)/bitpress demo --output runs/demo
 
-test: $(READY)
+test: $(READY) contract
 	$(BIN)/python -m pytest
+
+# the releases of compressed-tensors that vLLM 0.32 and 0.33 bring, each beside the environment and not in it
+CONTRACT := 0.17.0 0.19.0 0.20.0
+
+contract: $(READY)
+	@for v in $(CONTRACT); do \
+	  at=.cache/compressed-tensors/$$v; \
+	  test -d $$at || $(BIN)/python -m pip install --quiet --no-deps --target $$at compressed-tensors==$$v || exit 1; \
+	  echo "compressed-tensors $$v"; \
+	  BITPRESS_CONTRACT=$$v PYTHONPATH=$$at $(BIN)/python -m pytest tests/contract || exit 1; \
+	done
 
 check: $(READY)
 	$(BIN)/ruff check src tests bench

@@ -108,11 +108,10 @@ def prepare(output: Path, run: dict[str, Any], *, fresh: bool, resume: bool) -> 
         PlanError: the folder holds other work, which is never overwritten; or `resume` was asked for and there is
             nothing to go on from.
     """
-    report = output / "report.json"
+    check(output)
     config = output / "config.json"
-    held = _run_of(report)
-    ours = (output / WORK).is_dir() or held is not None
-    if fresh and ours:
+    held = _run_of(output / "report.json")
+    if fresh:
         _clear(output)
     elif config.is_file() and held is not None:
         different = _differences(held, json.loads(json.dumps(run)))
@@ -123,13 +122,23 @@ def prepare(output: Path, run: dict[str, Any], *, fresh: bool, resume: bool) -> 
             f"{output}: holds a finished run with other {', '.join(different)}: choose another output folder, or "
             "--fresh (fresh=True) to replace it"
         )
-    elif not (output / WORK).is_dir() and output.is_dir() and any(output.iterdir()):
-        raise PlanError(f"{output}: holds other files, which bitpress does not overwrite: choose another output folder")
-    if output.exists() and not output.is_dir():
-        raise PlanError(f"{output}: is a file; choose a folder")
     if resume and not (output / WORK / JOURNAL).is_file():
         raise PlanError(f"{output}: nothing to resume there; leave --resume out to start")
     return False
+
+
+def check(output: Path) -> None:
+    """Refuse a place that is not free for a run.
+
+    Raises:
+        PlanError: it is a file, or a folder with files that no bitpress run has left.
+    """
+    if output.exists() and not output.is_dir():
+        raise PlanError(f"{output}: is a file; choose a folder")
+    unfinished, finished = (output / WORK).is_dir(), (output / "config.json").is_file()
+    ours = unfinished or (finished and _run_of(output / "report.json") is not None)
+    if not ours and output.is_dir() and any(output.iterdir()):
+        raise PlanError(f"{output}: holds other files, which bitpress does not overwrite: choose another output folder")
 
 
 def _run_of(report: Path) -> dict[str, Any] | None:

@@ -198,7 +198,7 @@ class Prepared:
 
 def prepare(args: Arguments) -> Prepared:
     """Read recipe, model and data, and hold them against each other; raises every user error."""
-    from bitpress import plan, ranks
+    from bitpress import journal, plan, ranks
     from bitpress.verified import check_blocks
 
     ranks.check()
@@ -211,6 +211,8 @@ def prepare(args: Arguments) -> Prepared:
         output = args.output_dir
         if output is not None and args.stage is not None:
             output = output / chosen.stages[0].name
+        if output is not None:
+            journal.check(output)
         first = plan.make(
             modifiers, subject, samples=args.num_calibration_samples, length=args.max_seq_length, device=device,
             max_memory=args.max_memory, batch_size=args.batch_size, output=output, compressed=args.save_compressed,
@@ -258,6 +260,8 @@ def open_subject(args: Arguments) -> Subject:
         held = getattr(getattr(args.model, "config", None), "quantization_config", None)
         if held is not None:
             raise PlanError("the model " + remedy.format(type(held).__name__))
+        if hasattr(args.model, "bitpress_report"):
+            raise PlanError("the model " + remedy.format("by bitpress"))
         return ModuleSubject(args.model)
     folder = locate(args.model)
     if method := is_quantized(folder):
@@ -283,7 +287,8 @@ def _data(args: Arguments, subject: Subject) -> tuple[Any, CalibrationData]:
     if tokenizer is None or _is_path(tokenizer):
         tokenizer = find_tokenizer(tokenizer or subject.folder or getattr(subject.config, "_name_or_path", ""), args)
     data = load_calibration(
-        args.dataset, tokenizer=tokenizer, splits=args.splits, dataset_config_name=args.dataset_config_name, dataset_path=args.dataset_path,
+        args.dataset, tokenizer=tokenizer, splits=args.splits,
+        dataset_config_name=args.dataset_config_name, dataset_path=args.dataset_path,
         text_column=args.text_column, num_samples=args.num_calibration_samples, max_seq_length=args.max_seq_length,
         pack=args.concatenate_data, separator=args.separator, shuffle=args.shuffle_calibration_samples,
         seed=args.seed, preprocessing_func=args.preprocessing_func, streaming=args.streaming,

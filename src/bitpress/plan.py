@@ -216,11 +216,13 @@ def _sites(
                     _disk_module(subject, name), name, block, module.out_features, module.in_features,
                     modifier, group, _expert_of(subject, name),
                 )  # fmt: skip
-        for name, site in mine.items():
-            if name in claimed:
-                other = type(claimed[name].modifier).__name__
-                faults.append(f"{name}: claimed by {other} and by {kind}; add it to the ignore list of one")
-            claimed[name] = site
+        twice = [
+            f"{name}: claimed by {type(claimed[name].modifier).__name__} and by {kind}; add it to the ignore list of one"
+            for name in mine
+            if name in claimed
+        ]
+        faults += _brief(twice)
+        claimed |= mine
     order = {name: i for i, (name, _) in enumerate(linears)}
     return sorted(claimed.values(), key=lambda s: order[s.module]), faults, notes
 
@@ -295,7 +297,8 @@ def _client_notes(subject: Subject, sites: Sequence[Site]) -> list[str]:
         if group.scheme.format == "pack-quantized" and args.strategy == "tensor":
             notes.append(f"{label(group)}: vLLM serves strategy group or channel only; this loads in transformers")
         elif group.scheme.format == "pack-quantized" and args.num_bits not in (4, 8):
-            notes.append(f"{label(group)}: vLLM serves 4 and 8 bits only; this loads in transformers")
+            older = "" if args.num_bits == 2 else " with compressed-tensors 0.19 or later (older ones misread it)"
+            notes.append(f"{label(group)}: vLLM serves 4 and 8 bits only; this loads in transformers{older}")
         if any(s.expert is not None and s.group is group for s in sites) and (
             not args.symmetric or group.scheme.format != "pack-quantized"
         ):

@@ -55,10 +55,10 @@ class Live(Progress):
         from rich import progress
 
         self.bars = progress.Progress(
-            progress.TextColumn("[bold]{task.description}"),
+            progress.TextColumn("{task.description}", style="bold", markup=False),
             progress.BarColumn(),
-            progress.TextColumn("{task.fields[at]}"),
-            progress.TextColumn("{task.fields[doing]}"),
+            progress.TextColumn("{task.fields[at]}", markup=False),
+            progress.TextColumn("{task.fields[doing]}", markup=False),
             progress.TimeElapsedColumn(),
             progress.TextColumn("ETA"),
             progress.TimeRemainingColumn(),

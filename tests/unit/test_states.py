@@ -38,16 +38,6 @@ def test_disk_files_are_deleted(tmp_path):
     states.close()
 
 
-def test_a_part_of_a_tensor_is_stored_alone(tmp_path):
-    states = HiddenStates("disk", CPU, tmp_path)
-    large = torch.arange(1 << 18).float().view(256, 32, 32)
-    states[0] = large[3:4]
-    assert torch.equal(states[0], large[3:4])
-    (file,) = tmp_path.rglob("0.pt")
-    assert file.stat().st_size < 16 << 10
-    states.close()
-
-
 def test_disk_without_a_folder():
     states = HiddenStates("disk", CPU)
     states[0] = torch.ones(1, 2, 3)

@@ -66,7 +66,7 @@ class GramAccumulator:
                 self._sum[lo:hi, lo:] += torch.mm(x[:, lo:hi].T, x[:, lo:], out_dtype=torch.float32)
             return
         with bfloat16_products(exact):
-            for part in x.split(CHUNK):
+            for part in torch.split(x, CHUNK):
                 full = part if part.dtype == torch.float32 else _scratch(part.shape, x.device).copy_(part)
                 for lo, hi in self._block_rows():
                     self._sum[lo:hi, lo:].addmm_(full[:, lo:hi].T, full[:, lo:])

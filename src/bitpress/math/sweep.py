@@ -58,7 +58,7 @@ def sweep(weight: Tensor, factor: Tensor, qparams: QParams, groups: Tensor, grid
     R, C = weight.shape
     block_size = min(block_size, C)
     state = _State(
-        work=weight.T.contiguous(),
+        work=weight.T.clone(memory_format=torch.contiguous_format),  # a single row is contiguous already
         factor=factor,
         pivots=factor.diagonal().tolist() if factor.device.type == "cpu" else list(factor.diagonal()),
         scale=qparams.scale.T.float().contiguous(),
