@@ -304,6 +304,7 @@ def main() -> None:
             raise
         err.print(f"{type(error).__name__}: {error}", markup=False, highlight=False)
         sys.exit(1)
-    except KeyboardInterrupt:
-        err.print("interrupted; the same command goes on where it was")
-        sys.exit(130)
+    except SystemExit as ended:  # what typer makes of an interrupt
+        if ended.code == 130:
+            err.print("interrupted; the same command goes on where it was")
+        raise

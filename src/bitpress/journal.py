@@ -98,7 +98,14 @@ def _whole_lines(file: Path) -> list[dict[str, Any]]:
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    return [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    """What is not the same: `data`, `arguments (seed)`."""
+    found = []
+    for key in {**old, **new}:
+        was, now = old.get(key), new.get(key)
+        if was != now:
+            inner = _differences(was, now) if key in ("arguments", "versions") and was and now else []
+            found.append(f"{key} ({', '.join(inner)})" if inner else key)
+    return found
 
 
 def prepare(output: Path, run: dict[str, Any], *, fresh: bool, resume: bool) -> bool:
@@ -122,6 +129,8 @@ def prepare(output: Path, run: dict[str, Any], *, fresh: bool, resume: bool) -> 
             f"{output}: holds a finished run with other {', '.join(different)}: choose another output folder, or "
             "--fresh (fresh=True) to replace it"
         )
+    elif held is not None and not (output / WORK).is_dir():
+        raise PlanError(f"{output}: holds half of a deleted run: choose another output folder, or --fresh (fresh=True)")
     if resume and not (output / WORK / JOURNAL).is_file():
         raise PlanError(f"{output}: nothing to resume there; leave --resume out to start")
     return False
@@ -135,8 +144,7 @@ def check(output: Path) -> None:
     """
     if output.exists() and not output.is_dir():
         raise PlanError(f"{output}: is a file; choose a folder")
-    unfinished, finished = (output / WORK).is_dir(), (output / "config.json").is_file()
-    ours = unfinished or (finished and _run_of(output / "report.json") is not None)
+    ours = (output / WORK).is_dir() or _run_of(output / "report.json") is not None
     if not ours and output.is_dir() and any(output.iterdir()):
         raise PlanError(f"{output}: holds other files, which bitpress does not overwrite: choose another output folder")
 

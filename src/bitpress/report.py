@@ -6,7 +6,7 @@ import platform
 from dataclasses import asdict, dataclass
 from typing import Any
 
-MODULES = ("bitpress", "torch", "transformers", "compressed-tensors", "safetensors")
+PACKAGES = ("torch", "transformers", "compressed-tensors", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,13 @@ def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
     from importlib.metadata import version
 
-    return {"python": platform.python_version(), **{name: version(name) for name in MODULES}}
+    from bitpress import __version__
+
+    return {
+        "bitpress": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES},
+    }
 
 
 def totals(rows: list[dict[str, Any]], sizes: dict[str, int]) -> dict[str, Any]:

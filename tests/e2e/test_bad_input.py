@@ -216,7 +216,14 @@ def test_a_model_that_is_quantized_already(shared, tmp_path, monkeypatch):
     oneshot(shared, ROWS, W4, output_dir=tmp_path / "once", **OPTIONS)
     words = ["is quantized already (compressed-tensors)", "start from the full-precision model"]
     refused(PlanError, words, tmp_path / "out", tmp_path / "once", ROWS, W4)
-    refused(PlanError, ["is quantized already"], tmp_path / "out", AutoModelForCausalLM.from_pretrained(tmp_path / "once"), ROWS, W4)
+    refused(
+        PlanError,
+        ["is quantized already"],
+        tmp_path / "out",
+        AutoModelForCausalLM.from_pretrained(tmp_path / "once"),
+        ROWS,
+        W4,
+    )
     config = json.loads((tmp_path / "once/config.json").read_text())
     del config["quantization_config"]
     (tmp_path / "once/config.json").write_text(json.dumps(config))
@@ -302,7 +309,10 @@ def test_pickle_weights(base, tmp_path, no_weights):
 
 def test_remote_code(base, tmp_path, no_weights):
     config = json.loads((base / "config.json").read_text())
-    config |= {"model_type": "homemade", "auto_map": {"AutoConfig": "home.Config", "AutoModelForCausalLM": "home.Model"}}
+    config |= {
+        "model_type": "homemade",
+        "auto_map": {"AutoConfig": "home.Config", "AutoModelForCausalLM": "home.Model"},
+    }
     (base / "config.json").write_text(json.dumps(config))
     (base / "home.py").write_text("raise SystemExit('the code ran')")
     words = ["brings its own code", "trust_remote_code (--trust-remote-code) if you trust it"]

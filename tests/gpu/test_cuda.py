@@ -1,0 +1,76 @@
+"""The same run on a GPU: the same answers as on the CPU, within rounding; and memory stays bounded."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import FAMILIES, build, save, token_rows
+
+from bitpress import oneshot
+from bitpress.checkpoint import Source
+from bitpress.formats import bits
+from bitpress.math.gptq import gptq
+from bitpress.math.grid import Grid
+from bitpress.math.stats import GramAccumulator
+from bitpress.verified import mismatch
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+RECIPE = {"GPTQModifier": {"scheme": "W4A16", "group_size": 16, "ignore": ["lm_head"]}}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+@pytest.mark.parametrize("channels", [7, 512, 1100])
+def test_gram(dtype, channels):
+    x = torch.randn(3, 1000, channels, device="cuda").to(dtype)
+    sums = GramAccumulator(channels, x.device)
+    for part in x:
+        sums.add(part)
+    flat = x.double().reshape(-1, channels)
+    wanted = flat.T @ flat
+    assert (sums.finish().gram.double() - wanted).abs().max() / wanted.abs().max() < 3e-6
+
+
+def test_gptq_equals_the_cpu():
+    torch.manual_seed(0)
+    x = torch.randn(4096, 256) @ torch.randn(256, 256) * torch.rand(256)
+    weights = [torch.randn(384, 256), torch.randn(64, 256)]
+    results = []
+    for device in ("cpu", "cuda"):
+        sums = GramAccumulator(256, torch.device(device))
+        sums.add(x.to(device))
+        grid = Grid(4, False, 64, False, torch.bfloat16)
+        results.append(gptq([w.to(device) for w in weights], sums.finish(), grid))
+    for cpu, cuda in zip(*results, strict=True):
+        assert (cpu.codes == cuda.codes.cpu()).float().mean() > 0.995
+        assert float(cuda.error) == pytest.approx(float(cpu.error), rel=0.02)
+
+
+@pytest.mark.parametrize("width", range(2, 9))
+def test_packing(width):
+    codes = torch.randint(-(1 << (width - 1)), 1 << (width - 1), (9, 131), dtype=torch.int8)
+    assert torch.equal(bits.pack(codes.cuda(), width).cpu(), bits.pack(codes, width))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run(family, tmp_path):
+    base = save(build(family, torch.bfloat16), tmp_path / "base")
+    reports = {}
+    for device in ("cpu", "cuda"):
+        out = tmp_path / device
+        oneshot(base, token_rows(), RECIPE, output_dir=out, max_seq_length=32, num_calibration_samples=12, device=device)
+        reports[device] = json.loads((out / "report.json").read_text())
+    assert Source(tmp_path / "cpu").tensors.keys() == Source(tmp_path / "cuda").tensors.keys()
+    assert reports["cuda"]["totals"]["peak_device_bytes"] > 0
+    for cpu, cuda in zip(reports["cpu"]["layers"], reports["cuda"]["layers"], strict=True):
+        assert cuda["rel_error"] == pytest.approx(cpu["rel_error"], rel=0.35, abs=1e-4), cpu["name"]
+
+
+def test_a_model_in_memory_comes_back_to_its_device(tmp_path):
+    model = build("llama", torch.bfloat16)
+    assert mismatch(model) == 0
+    oneshot(model, token_rows(), RECIPE, max_seq_length=32, num_calibration_samples=12, device="cuda")
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+    model.save_pretrained(tmp_path / "out", save_compressed=True)
+    assert (tmp_path / "out" / "config.json").is_file()
