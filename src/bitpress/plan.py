@@ -216,12 +216,10 @@ def _sites(
                     _disk_module(subject, name), name, block, module.out_features, module.in_features,
                     modifier, group, _expert_of(subject, name),
                 )  # fmt: skip
-        twice = [
-            f"{name}: claimed by {type(claimed[name].modifier).__name__} and by {kind}; add it to the ignore list of one"
-            for name in mine
-            if name in claimed
-        ]
-        faults += _brief(twice)
+        twice = {name: type(claimed[name].modifier).__name__ for name in mine if name in claimed}
+        faults += _brief(
+            [f"{n}: claimed by {other} and by {kind}; add it to the ignore list of one" for n, other in twice.items()]
+        )
         claimed |= mine
     order = {name: i for i, (name, _) in enumerate(linears)}
     return sorted(claimed.values(), key=lambda s: order[s.module]), faults, notes

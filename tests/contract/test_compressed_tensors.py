@@ -7,13 +7,13 @@ from importlib.metadata import version
 
 import pytest
 import torch
-from conftest import build, save, token_rows
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from bitpress import oneshot
 from bitpress.formats import bits
 from bitpress.schemes import PRESETS
 from bitpress.transformers import SparseAutoModelForCausalLM
+from conftest import build, save, token_rows
 
 RELEASE = tuple(int(part) for part in version("compressed-tensors").split(".")[:2])
 DENSE_PACKING = RELEASE >= (0, 19)

@@ -427,7 +427,7 @@ def cli(monkeypatch, capsys, *words):
         (1, "ConfigError: give --scheme (such as W4A16) or --recipe FILE", []),
         (1, "ConfigError: --recipe: none.yaml: no such file", ["--recipe", "none.yaml"]),
         (1, "ConfigError: --scheme: cannot go with --recipe", ["--recipe", "none.yaml", "--scheme", "W4A16"]),
-        (1, "DataError: none.jsonl: no such file", ["--scheme", "W8A16", "--group-size", "16", "--dataset", "none.jsonl"]),
+        (1, "DataError: none.jsonl: no such file", ["--scheme=W8A16", "--group-size=16", "--dataset=none.jsonl"]),
         (1, "PlanError: one block needs", ["--scheme", "W4A16", "--group-size", "16", "--max-memory", "1MiB"]),
         (2, "Invalid value for '--num-samples'", ["--scheme", "W4A16", "--num-samples", "many"]),
         (2, "No such option", ["--scheme", "W4A16", "--sheme", "W8A16"]),

@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from conftest import FAMILIES, build, save, token_rows
 
 from bitpress import oneshot
 from bitpress.checkpoint import Source
@@ -15,6 +14,7 @@ from bitpress.math.gptq import gptq
 from bitpress.math.grid import Grid
 from bitpress.math.stats import GramAccumulator
 from bitpress.verified import mismatch
+from conftest import FAMILIES, build, save, token_rows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 RECIPE = {"GPTQModifier": {"scheme": "W4A16", "group_size": 16, "ignore": ["lm_head"]}}
@@ -59,7 +59,9 @@ def test_a_run(family, tmp_path):
     reports = {}
     for device in ("cpu", "cuda"):
         out = tmp_path / device
-        oneshot(base, token_rows(), RECIPE, output_dir=out, max_seq_length=32, num_calibration_samples=12, device=device)
+        oneshot(
+            base, token_rows(), RECIPE, output_dir=out, max_seq_length=32, num_calibration_samples=12, device=device
+        )
         reports[device] = json.loads((out / "report.json").read_text())
     assert Source(tmp_path / "cpu").tensors.keys() == Source(tmp_path / "cuda").tensors.keys()
     assert reports["cuda"]["totals"]["peak_device_bytes"] > 0

@@ -124,7 +124,8 @@ def test_a_file_cut_short_anywhere(file):
 
 
 @pytest.mark.parametrize(
-    "header", [b"[1]", b'"x"', b'{"a": 1}', b'{"a": {"dtype": "F32"}}', b"{", b"\xff\xfe", b'{"a": {"data_offsets": 3}}']
+    "header",
+    [b"[1]", b'"x"', b'{"a": 1}', b'{"a": {"dtype": "F32"}}', b"{", b"\xff\xfe", b'{"a": {"data_offsets": 3}}'],
 )
 def test_what_is_no_header(header, tmp_path):
     file = tmp_path / "x.safetensors"

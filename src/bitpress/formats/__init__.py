@@ -48,8 +48,8 @@ def describe_dense(scheme: Scheme, rows: int, columns: int, dtype: torch.dtype) 
     """The same for the uncompressed form: the dense weight beside its scales and zero points."""
     grid = grid_of(scheme, dtype)
     shape = (1,) if grid.per_tensor else (rows, grid.groups(columns))
-    parts = {"weight": (dtype, (rows, columns)), "weight_scale": (dtype, shape)}
-    return parts | {"weight_zero_point": (torch.int8, shape)}
+    spec: Spec = {"weight": (dtype, (rows, columns)), "weight_scale": (dtype, shape)}
+    return spec | {"weight_zero_point": (torch.int8, shape)}
 
 
 def dense(solved: Solved, scheme: Scheme) -> dict[str, Tensor]:
