@@ -1,4 +1,4 @@
-"""What bitpress writes, as the installed release of compressed-tensors reads it. `make contract` runs this on several."""
+"""What bitpress writes, as the installed compressed-tensors reads it. `make contract` runs this on several releases."""
 
 from __future__ import annotations
 

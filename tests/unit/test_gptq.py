@@ -1,4 +1,4 @@
-"""GPTQ against the paper's algorithm, written down without blocks in float64 (Frantar et al. 2022, arXiv 2210.17323)."""
+"""GPTQ against the algorithm of the paper, without blocks, in float64 (Frantar et al. 2022, arXiv 2210.17323)."""
 
 import pytest
 import torch

@@ -44,7 +44,7 @@ def test_sizes(text, size):
     "text", ["", " ", "GiB", "8 X", "8XB", "-8GiB", "0", "0GiB", "1.5.2GiB", ".", "1e999", "8iB", "eight", 0, -1]
 )
 def test_sizes_that_are_none(text):
-    with pytest.raises(ConfigError, match="max_memory: .* is not a size; write for example 8GiB, 500MB"):
+    with pytest.raises(ConfigError, match=r"max_memory: .* is not a size; write for example 8GiB, 500MB"):
         parse_bytes(text)
 
 

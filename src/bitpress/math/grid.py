@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bitpress.math.stats import bfloat16_products
 
-CHUNK = 1 << 17  # weights per chunk of the scale search: a chunk and its temporaries stay in the cache
+CHUNK = 1 << 20  # weights per chunk of the scale search; 2^17 and less were slower
 SHRINK = tuple(1.06 - 0.03 * k for k in range(22))  # candidate scales, as shares of the min-max scale
 
 
