@@ -91,7 +91,8 @@ def weight_files(folder: Path) -> list[Path]:
         if missing := [f.name for f in files if not f.is_file()]:
             raise CheckpointError(f"{folder}: the index names files that are not there: {', '.join(missing)}")
         return files
-    files = sorted(folder.glob("*.safetensors"))
+    whole = folder / "model.safetensors"  # what transformers reads; other files beside it are other forms of the model
+    files = [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
     if files:
         return files
     if any(folder.glob("*.gguf")):

@@ -157,14 +157,16 @@ def plan(
 ) -> None:
     """Say what `oneshot` with these arguments would do, and every fault, without loading weights."""
     from bitpress import tables
-    from bitpress.oneshot import Arguments, prepare
-    from bitpress.plan import parse_bytes
+    from bitpress.budget import parse_bytes
+    from bitpress.oneshot import Arguments
+    from bitpress.prepare import prepare
 
     ready = prepare(
         Arguments(
             model=model, dataset=dataset, recipe=_recipe(scheme, group_size, method, ignore, recipe), splits=split,
             dataset_config_name=dataset_config, text_column=text_column, num_calibration_samples=num_samples,
-            max_seq_length=max_seq_length, concatenate_data=pack, output_dir=output or Path("bitpress-output"),
+            max_seq_length=max_seq_length, concatenate_data=pack,
+            output_dir=output or Path(f"bitpress-plan-{os.getpid()}"),
             stage=stage, save_compressed=not dense, device=device.value, max_memory=parse_bytes(max_memory),
             batch_size=batch_size, seed=seed, verify=verify, resume=resume, fresh=fresh,
             trust_remote_code_model=trust_remote_code, trust_remote_code_data=trust_remote_code,
@@ -266,7 +268,7 @@ def _recipe(
             raise ConfigError(f"{', '.join(extra)}: cannot go with --recipe; write it into the recipe")
         if not Path(recipe).is_file():
             raise ConfigError(f"--recipe: {recipe}: no such file")
-        return recipe
+        return Path(recipe)
     if scheme is None:
         raise ConfigError("give --scheme (such as W4A16) or --recipe FILE")
     keys: dict[str, Any] = {"scheme": scheme, "ignore": ignore or ["lm_head"]}

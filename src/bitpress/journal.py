@@ -43,7 +43,12 @@ class Journal:
         self.file = folder / JOURNAL
         self.numerics = numerics
         self.done: dict[int, dict[str, Any]] = {}
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PlanError(
+                f"{folder.parent}: cannot be made: {error.strerror}; choose another output folder"
+            ) from None
         lines = _whole_lines(self.file)
         if not lines:
             self._rewrite([{"run": run, "numerics": numerics}])
@@ -165,10 +170,14 @@ def _clear(output: Path) -> None:
 
     config.json goes first, so that no half of it looks complete, and report.json last: it says that the rest is ours.
     """
-    from bitpress.checkpoint import INDEX
+    from bitpress.checkpoint import COMPANIONS, INDEX
 
     for name in ("config.json", INDEX, "recipe.yaml"):
         (output / name).unlink(missing_ok=True)
+    for pattern in COMPANIONS:  # of the earlier run's model, which may be another
+        for file in output.glob(pattern):
+            if file.is_file() and file.name != "report.json":
+                file.unlink()
     for shard in output.glob("model-*-of-*.safetensors"):
         shard.unlink()
     shutil.rmtree(output / WORK, ignore_errors=True)

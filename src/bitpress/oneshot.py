@@ -10,17 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bitpress.errors import ConfigError, PlanError, RecipeError
+from bitpress.errors import ConfigError, PlanError
+from bitpress.prepare import Prepared, is_path, prepare
 from bitpress.progress import Progress
-from bitpress.recipe import Recipe, Stage
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
-
-    from bitpress.data import CalibrationData
-    from bitpress.plan import Plan
-    from bitpress.subject import Subject
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,10 +60,14 @@ class Arguments:
             if getattr(self, name) is not None and not _positive(getattr(self, name), name == "min_expert_tokens")
         ]
         if self.recipe is None:
-            faults.append("recipe: missing; give a recipe, or a scheme such as 'W4A16' (--scheme)")
+            faults.append("recipe: missing; give a path, YAML, a dict or a modifier")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 1 << 63:
+            faults.append(f"seed: expected a whole number from 0 to 2^63 - 1, got {self.seed!r}")
+        if self.stage is not None and not isinstance(self.stage, str):
+            faults.append(f"stage: expected a name, got {self.stage!r}")
         if self.resume and self.fresh:
             faults.append("resume, fresh: give one of the two")
-        if self.stage is not None and self.output_dir is None and _is_path(self.model):
+        if self.stage is not None and self.output_dir is None and is_path(self.model):
             faults.append("output_dir: missing; a stage is saved as <output_dir>/<stage>")
         if faults:
             raise ConfigError(faults)
@@ -76,10 +75,6 @@ class Arguments:
 
 def _positive(value: Any, zero: bool) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= (0 if zero else 1)
-
-
-def _is_path(model: Any) -> bool:
-    return isinstance(model, str | os.PathLike)
 
 
 def oneshot(
@@ -164,7 +159,7 @@ def oneshot(
         RecipeError, ConfigError, PlanError, DataError, CheckpointError: user errors, before weights are loaded.
         NumericsError: NaN or infinity, or a Gram matrix that is not positive definite.
     """
-    from bitpress.plan import parse_bytes
+    from bitpress.budget import parse_bytes
 
     arguments = Arguments(
         model=model, dataset=dataset, recipe=recipe, tokenizer=tokenizer if tokenizer is not None else processor,
@@ -173,152 +168,14 @@ def oneshot(
         shuffle_calibration_samples=shuffle_calibration_samples, concatenate_data=concatenate_data,
         separator=separator, preprocessing_func=preprocessing_func,
         preprocessing_num_workers=preprocessing_num_workers, streaming=streaming,
-        output_dir=None if output_dir is None else Path(output_dir), stage=stage, save_compressed=save_compressed,
+        output_dir=None if output_dir is None else Path(output_dir).expanduser(), stage=stage,
+        save_compressed=save_compressed,
         device=device, max_memory=parse_bytes(max_memory), batch_size=batch_size,
         min_expert_tokens=min_expert_tokens, seed=seed, verify=verify, resume=resume, fresh=fresh,
         trust_remote_code_model=trust_remote_code_model, trust_remote_code_data=trust_remote_code_data,
         progress=progress or Progress(),
     )  # fmt: skip
     return _run(arguments)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Everything known before a weight is loaded."""
-
-    recipe: Recipe
-    modifiers: tuple[Any, ...]
-    subject: Subject
-    plan: Plan
-    data: CalibrationData | None
-    device: torch.device
-    tokenizer: Any
-    output: Path | None
-
-
-def prepare(args: Arguments) -> Prepared:
-    """Read recipe, model and data, and hold them against each other; raises every user error."""
-    from bitpress import journal, plan, ranks
-    from bitpress.verified import check_blocks
-
-    ranks.check()
-    recipe = Recipe.load(args.recipe)
-    chosen = recipe if args.stage is None else Recipe((recipe.stage(args.stage),))
-    modifiers = tuple(m for s in _oneshot_stages(chosen) for m in s.modifiers)
-    device = pick_device(args.device)
-    subject = open_subject(args)
-    try:
-        output = args.output_dir
-        if output is not None and args.stage is not None:
-            output = output / chosen.stages[0].name
-        if output is not None:
-            journal.check(output)
-        first = plan.make(
-            modifiers, subject, samples=args.num_calibration_samples, length=args.max_seq_length, device=device,
-            max_memory=args.max_memory, batch_size=args.batch_size, output=output, compressed=args.save_compressed,
-        )  # fmt: skip
-        tokenizer, data = _data(args, subject) if first.needs_stats else (args.tokenizer, None)
-        check_blocks(subject, trust_remote_code=args.trust_remote_code_model)
-    except BaseException:
-        subject.close()
-        raise
-    return Prepared(chosen, modifiers, subject, first, data, device, tokenizer, output)
-
-
-def _oneshot_stages(recipe: Recipe) -> tuple[Stage, ...]:
-    if training := [s.name for s in recipe.stages if s.run_type == "train"]:
-        raise RecipeError(
-            [f"{name}: a training stage, which oneshot does not run; choose another stage" for name in training]
-        )
-    return recipe.stages
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of a name; "auto" is the GPU if there is one. ConfigError if it is not there."""
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"device: '{name}' is unknown; use auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device: '{name}' is not supported; use auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device: 'cuda' was asked for, but torch sees no GPU; use cpu or auto")
-    return device
-
-
-def open_subject(args: Arguments) -> Subject:
-    """The model to compress; refuses one that is quantized already."""
-    from bitpress.inspection import is_quantized
-    from bitpress.subject import FolderSubject, ModuleSubject, locate
-
-    remedy = "is quantized already ({}): start from the full-precision model"
-    if not _is_path(args.model):
-        held = getattr(getattr(args.model, "config", None), "quantization_config", None)
-        if held is not None:
-            raise PlanError("the model " + remedy.format(type(held).__name__))
-        if hasattr(args.model, "bitpress_report"):
-            raise PlanError("the model " + remedy.format("by bitpress"))
-        return ModuleSubject(args.model)
-    folder = locate(args.model)
-    if method := is_quantized(folder):
-        raise PlanError(f"{args.model} " + remedy.format(method))
-    if args.output_dir is not None:
-        if args.output_dir.resolve() == folder.resolve():
-            raise PlanError(f"{args.output_dir}: is the model's own folder; choose another output folder")
-        return FolderSubject(folder, trust_remote_code=args.trust_remote_code_model)
-    from transformers import AutoModelForCausalLM
-
-    FolderSubject(folder, trust_remote_code=args.trust_remote_code_model)  # its checks come before any weight
-    return ModuleSubject(
-        AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", trust_remote_code=args.trust_remote_code_model, local_files_only=True
-        )
-    )
-
-
-def _data(args: Arguments, subject: Subject) -> tuple[Any, CalibrationData]:
-    from bitpress.data import load_calibration
-
-    tokenizer = args.tokenizer
-    if tokenizer is None or _is_path(tokenizer):
-        tokenizer = find_tokenizer(tokenizer or subject.folder or getattr(subject.config, "_name_or_path", ""), args)
-    data = load_calibration(
-        args.dataset, tokenizer=tokenizer, splits=args.splits,
-        dataset_config_name=args.dataset_config_name, dataset_path=args.dataset_path,
-        text_column=args.text_column, num_samples=args.num_calibration_samples, max_seq_length=args.max_seq_length,
-        pack=args.concatenate_data, separator=args.separator, shuffle=args.shuffle_calibration_samples,
-        seed=args.seed, preprocessing_func=args.preprocessing_func, streaming=args.streaming,
-        preprocessing_num_workers=args.preprocessing_num_workers, trust_remote_code=args.trust_remote_code_data,
-    )  # fmt: skip
-    _check_vocabulary(data, subject)
-    return tokenizer, data
-
-
-def find_tokenizer(place: Any, args: Arguments) -> Any:
-    """The tokenizer of a folder, None if there is none (data of token ids needs none)."""
-    from transformers import AutoTokenizer
-
-    if not place:
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(place, trust_remote_code=args.trust_remote_code_model)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        if args.tokenizer is not None:
-            raise ConfigError(f"tokenizer: {place}: {str(error).strip().splitlines()[0]}") from None
-        return None
-
-
-def _check_vocabulary(data: CalibrationData, subject: Subject) -> None:
-    from bitpress.errors import DataError
-
-    rows = subject.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    top = max(int(s.max()) for s in data.sequences)
-    if top >= rows:
-        raise DataError(f"the data has token id {top}, but the model embeds {rows}: is it another model's tokenizer?")
 
 
 def _run(args: Arguments) -> Any:
@@ -349,13 +206,21 @@ def _run(args: Arguments) -> Any:
             subject, plan, batches, ready.device, output, args.progress, starved_below=args.min_expert_tokens
         )
         args.progress.begin(args.stage or ready.recipe.stages[0].name, len(subject.blocks))
-        with _frozen(numerics):
-            pipeline.execute(run)
-        args.progress.end()
+        complete = False
+        try:
+            with _frozen(numerics):
+                pipeline.execute(run)
+            complete = True
+        finally:
+            args.progress.end(complete)
+            if not complete and not subject.streamed and run.rows:
+                subject.model.bitpress_report = {"run": "failed"}  # type: ignore[assignment]  # some blocks are changed
         summary = _report(args, ready, run, identity, numerics, time.perf_counter() - started)
         text = ready.recipe.to_yaml()
         if output is not None:
-            output.finish(subject, plan, text, summary, None if subject.folder else ready.tokenizer)
+            output.finish(
+                subject, plan, text, summary, None if args.tokenizer is None and subject.folder else ready.tokenizer
+            )
     finally:
         subject.close()
     if subject.streamed:
@@ -398,10 +263,10 @@ def _numerics(ready: Prepared) -> dict[str, Any]:
     import torch
 
     config = ready.subject.config
-    name = torch.cuda.get_device_name(ready.device) if ready.device.type == "cuda" else "cpu"
+    cuda = ready.device.type == "cuda"
+    name = torch.cuda.get_device_name(ready.device) if cuda else f"cpu {torch.backends.cpu.get_cpu_capability()}"
     return {
         "batch_size": ready.plan.batch_size,
-        "gram_bytes": ready.plan.gram_bytes,
         "threads": torch.get_num_threads(),
         "device": name,
         "dtype": str(ready.subject.dtype),

@@ -254,7 +254,7 @@ def _solve(run: Run, sites: list[Site], stats: InputStats | None, policy: str) -
                 scheme=label(site.group),
                 rel_error=float(z.error),
                 error_of="weight" if stats is None else "output",
-                bits_per_weight=bits_per_weight(site, run.subject.dtype),
+                bits_per_weight=bits_per_weight(site),
                 sparsity=float((z.dense() == 0).float().mean()),
                 tokens=0 if stats is None else stats.tokens,
                 policy=policy,

@@ -5,8 +5,6 @@ Nothing is loaded here but the configuration and the headers of the weight files
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,16 +14,14 @@ import torch
 from torch import nn
 
 from bitpress import formats
+from bitpress.budget import budget, space_fault
 from bitpress.checkpoint import file_size
-from bitpress.errors import ConfigError, PlanError
+from bitpress.errors import PlanError
 from bitpress.experts import UnfusedExperts, fused_left
-from bitpress.math.stats import GramAccumulator
 from bitpress.modifiers.quantization import SchemeGroup, SchemeModifier, names
 from bitpress.subject import Subject, output_head
-from bitpress.targets import LinearName, resolve
+from bitpress.targets import LinearName, resolve, specificity
 
-PROCESS_BYTES = 900 << 20  # python, torch and transformers themselves, as measured
-BATCH_TOKENS = {"cpu": 8192, "cuda": 32768}
 # vLLM runs these as one matrix product, so their scheme must be one
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
@@ -40,6 +36,7 @@ class Site:
         block: index of its block; None for the output head.
         rows, columns: R out features, C in features.
         expert: index of its expert, if it is part of one.
+        dtype: in which its scales are stored.
     """
 
     name: str
@@ -50,6 +47,7 @@ class Site:
     modifier: SchemeModifier
     group: SchemeGroup
     expert: int | None
+    dtype: torch.dtype = torch.bfloat16
 
     @property
     def key(self) -> str:
@@ -124,9 +122,9 @@ def label(group: SchemeGroup) -> str:
     return f"{group.scheme.name or f'int{args.num_bits}'} {size}{kind}"
 
 
-def bits_per_weight(site: Site, dtype: torch.dtype = torch.bfloat16) -> float:
+def bits_per_weight(site: Site) -> float:
     """Stored bits per weight, scales and zero points counted."""
-    spec = formats.describe(site.group.scheme, site.rows, site.columns, dtype)
+    spec = formats.describe(site.group.scheme, site.rows, site.columns, site.dtype)
     stored = sum(t.itemsize * torch.Size(s).numel() for n, (t, s) in spec.items() if n != "weight_shape")
     return 8 * stored / (site.rows * site.columns)
 
@@ -160,13 +158,17 @@ def make(
     faults += _unknown_experts(subject, modifiers)
     faults += _misfits(sites, subject)
     notes += _client_notes(subject, sites)
+    if unknown := subject.layout.unknown:
+        notes.append(
+            f"{unknown[0]} (and {len(unknown) - 1} more): the model has no place for it; carried over as it is"
+        )
     ignored = _ignored(subject, {s.module for s in sites})
     if faults:
         raise PlanError(faults)
     shards = _shards(subject, sites, compressed)
     output_bytes = sum(file_size(s) for s in shards if s)
-    memory = _memory(subject, sites, samples, length, device, max_memory, batch_size)
-    if output is not None and (fault := _space(output, output_bytes)):
+    memory = budget(subject, sites, samples, length, device, max_memory, batch_size)
+    if output is not None and (fault := space_fault(output, output_bytes)):
         raise PlanError(fault)
     return Plan(tuple(sites), ignored, tuple(notes), shards, output_bytes, **memory)
 
@@ -192,6 +194,7 @@ def _sites(
     claimed: dict[str, Site] = {}
     faults: list[str] = []
     notes: list[str] = []
+    outside: dict[str, list[str]] = {}
     for modifier in modifiers:
         kind = type(modifier).__name__
         if not isinstance(modifier, SchemeModifier):
@@ -199,30 +202,54 @@ def _sites(
             continue
         notes += [f"{kind}.{n}" for n in modifier.notes()]
         mine: dict[str, Site] = {}
-        for group in modifier.groups():
+        ranks: dict[str, int] = {}
+        groups = modifier.groups()
+        for group in groups:
             chosen = resolve(entries, group.targets, names(modifier.ignore), kind)
             faults += chosen.faults
-            notes += [n for n in chosen.notes if n not in notes and "lm_head" not in n]
+            # leaving out an output head that is not there is what every recipe does
+            notes += [n for n in chosen.notes if n not in notes and "'lm_head' matches" not in n]
             for entry in chosen.linears:
                 name, module = back[entry]
-                if name in mine:
-                    continue  # the first group that names a linear has it
-                if not name.startswith(inside) and name != head:
-                    notes.append(f"{name}: outside the decoder blocks, stays as it is")
+                rank = specificity(entry, group.targets)
+                if rank <= ranks.get(name, -1):
+                    continue  # a name goes before a regular expression, that before a class; else the first group
+                if why := _left_out(name, module, inside, head):
+                    outside.setdefault(why, []).append(name)
                     continue
                 rest = name.removeprefix(inside)
                 block = int(rest.split(".")[0]) if name.startswith(inside) else None
+                ranks[name] = rank
                 mine[name] = Site(
                     _disk_module(subject, name), name, block, module.out_features, module.in_features,
-                    modifier, group, _expert_of(subject, name),
+                    modifier, group, _expert_of(subject, name), subject.dtype,
                 )  # fmt: skip
+        used = {site.group.name for site in mine.values()}
+        if mine:
+            faults += [
+                f"{kind}.config_groups.{g.name}: other groups name all of its linears more exactly; drop it"
+                for g in groups
+                if g.name not in used
+            ]
         twice = {name: type(claimed[name].modifier).__name__ for name in mine if name in claimed}
         faults += _brief(
             [f"{n}: claimed by {other} and by {kind}; add it to the ignore list of one" for n, other in twice.items()]
         )
         claimed |= mine
+    for why, left in outside.items():
+        more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
+        notes.append(f"{left[0]}{more}: {why}, left as it is")
     order = {name: i for i, (name, _) in enumerate(linears)}
     return sorted(claimed.values(), key=lambda s: order[s.module]), faults, notes
+
+
+def _left_out(name: str, module: nn.Linear, inside: str, head: str | None) -> str | None:
+    """Why a linear that a recipe means is not compressed all the same, None if it is."""
+    if not name.startswith(inside) and name != head:
+        return "outside the decoder blocks"
+    if module.out_features == 1:
+        return "a gate with one output, which clients keep in full precision"
+    return None
 
 
 def _head_name(subject: Subject) -> str | None:
@@ -306,17 +333,13 @@ def _client_notes(subject: Subject, sites: Sequence[Site]) -> list[str]:
         notes.append(
             f"{', '.join(sorted(odd))}: transformers decompresses plain Linears only; use bitpress.transformers"
         )
-    by_name = {s.module: s.group.scheme for s in sites}
-    every = {s.module for s in sites}
+    by_name = {s.module: str(s.group.scheme) for s in sites}
     split = []
-    for site in sites:
-        parent, _, leaf = site.module.rpartition(".")
+    for parent, _ in subject.model.named_modules():
         for partners in FUSED:
-            if leaf == partners[0]:
-                schemes = {str(by_name.get(f"{parent}.{p}")) for p in partners if f"{parent}.{p}" in every}
-                missing = any(f"{parent}.{p}" not in every for p in partners[1:])
-                if len(schemes) > 1 or missing:
-                    split.append(f"{parent}: {', '.join(partners)}")
+            there = [f"{parent}.{p}" for p in partners if hasattr(subject.model.get_submodule(parent), p)]
+            if len({by_name.get(name) for name in there}) > 1:
+                split.append(f"{parent}: {', '.join(partners)}")
     if split:
         notes.append(f"{split[0]} differ in scheme (and {len(split) - 1} more): vLLM fuses them and needs one scheme")
     return notes
@@ -331,6 +354,9 @@ def _ignored(subject: Subject, chosen: set[str]) -> tuple[str, ...]:
             continue
         found[_disk_module(subject, name)] = None
         found[name] = None
+    for name in subject.layout.unknown:  # of layers that only other clients know, such as for several-token prediction
+        if name.endswith(".weight") and len(subject.extra_specs()[name][1]) == 2:
+            found[name.removesuffix(".weight")] = None
     return tuple(found)
 
 
@@ -349,111 +375,6 @@ def _shards(subject: Subject, sites: Sequence[Site], compressed: bool) -> tuple[
         shards.append(spec)
     shards[-1] |= subject.extra_specs()
     return tuple(shards)
-
-
-def _memory(
-    subject: Subject,
-    sites: Sequence[Site],
-    samples: int,
-    length: int,
-    device: torch.device,
-    max_memory: int | None,
-    batch_size: int | None,
-) -> dict[str, Any]:
-    """Batch size, budgets and expected peaks, all from shapes."""
-    item = subject.dtype.itemsize
-    sizes = [_bytes(subject, subject.blocks.prefix(i)) for i in range(len(subject.blocks))]
-    outside, block = _bytes(subject, None), max(sizes)
-    config = subject.config.get_text_config() if hasattr(subject.config, "get_text_config") else subject.config
-    width = int(config.hidden_size)
-    runs = any(s.modifier.needs_stats for s in sites)
-    hidden = samples * length * width * item if runs else 0
-    widest = max((max(s.rows, s.columns) for s in sites), default=width)
-    # one sequence's live activations in a block, and the float32 copy of the widest input for its Gram matrix
-    sequence = length * (item * (6 * width + 3 * widest) + 4 * widest)
-    largest = max((s.rows * s.columns for s in sites), default=0)
-    stacked = max((sum(t.rows for t in sites if (t.block, t.columns) == (s.block, s.columns)) for s in sites[:64]),
-                  default=0)  # fmt: skip
-    solver = 4 * 6 * max(largest, min(stacked * max((s.columns for s in sites), default=0), 4 * largest))
-    grams = sorted((GramAccumulator.nbytes(s.columns) for s in sites if s.modifier.needs_stats), reverse=True)
-    least_gram = 3 * grams[0] if grams else 0
-    on_cpu = device.type == "cpu"
-    available = _available(device)
-    limit = max_memory or int(0.8 * available)
-    base = PROCESS_BYTES if on_cpu else 0
-    fixed = base + outside + 2 * block + solver + least_gram
-    if fixed + sequence > limit:
-        raise PlanError(
-            f"one block needs {gib(fixed + sequence)} but the limit is {gib(limit)}: raise --max-memory"
-            + ("" if max_memory else " or free memory")
-        )
-    if batch_size is None:
-        by_memory = (limit - fixed) // (4 * sequence)
-        batch_size = int(max(1, min(samples, BATCH_TOKENS[device.type] // length, by_memory)))
-    room = limit - fixed - batch_size * sequence
-    if hidden <= room // 2:
-        where = "device"
-    elif not on_cpu and hidden <= int(0.6 * _available(torch.device("cpu"))):
-        where = "host"
-    else:
-        where = "disk"
-    gram_room = room - (hidden if where == "device" else 0)
-    gram_bytes = max(grams[0] if grams else 0, min(sum(grams), gram_room))
-    device_bytes = (
-        fixed + batch_size * sequence + (hidden if where == "device" else 0) + min(sum(set(grams)), gram_bytes)
-    )
-    host = device_bytes if on_cpu else PROCESS_BYTES + outside + 3 * block + (hidden if where == "host" else 0)
-    return {
-        "host_bytes": host, "device_bytes": 0 if on_cpu else device_bytes, "batch_size": batch_size,
-        "gram_bytes": gram_bytes, "hidden_on": where,
-    }  # fmt: skip
-
-
-def _bytes(subject: Subject, prefix: str | None) -> int:
-    """Bytes of a block, or of all outside the blocks, when loaded."""
-    return sum(torch.Size(subject.spec(k)[1]).numel() * subject.dtype.itemsize for k in subject.keys(prefix))
-
-
-def _available(device: torch.device) -> int:
-    if device.type == "cuda":
-        free: int = torch.cuda.mem_get_info(device)[0]
-        return free
-    with open("/proc/meminfo") as lines:
-        for line in lines:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) << 10
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _space(output: Path, needed: int) -> str | None:
-    """What is wrong with the disk, if anything."""
-    place = output.resolve()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < needed + (64 << 20):
-        return f"{output}: the output takes {gib(needed)}, but only {gib(free)} are free there: choose another disk"
-    return None
-
-
-def gib(n: int | float) -> str:
-    """Bytes for people: `1.25 GiB`, `93.4 MiB`."""
-    return f"{n / (1 << 30):.2f} GiB" if n >= 1 << 30 else f"{n / (1 << 20):.1f} MiB"
-
-
-def parse_bytes(text: str | int | None) -> int | None:
-    """`8GiB`, `500MB`, `2e9` or a number of bytes; ConfigError if it is none of these."""
-    import re
-
-    if text is None:
-        return None
-    units = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
-    units |= {f"{k}i": 1024 ** (i + 1) for i, k in enumerate("kmgt")}
-    found = re.fullmatch(r"\s*(\d+\.?\d*(?:e\d{1,2})?)\s*([kmgt]?i?)b?\s*", str(text).lower())
-    size = int(float(found.group(1)) * units[found.group(2)]) if found and found.group(2) in units else 0
-    if size < 1:
-        raise ConfigError(f"max_memory: '{text}' is not a size; write for example 8GiB, 500MB")
-    return size
 
 
 def experts_in(subject: Subject, block: int) -> list[UnfusedExperts]:

@@ -18,8 +18,8 @@ class Progress:
     def note(self, text: str) -> None:
         """Something the user should know."""
 
-    def end(self) -> None:
-        """The stage is over."""
+    def end(self, complete: bool) -> None:
+        """The stage is over, complete or broken off."""
 
 
 class Lines(Progress):
@@ -75,8 +75,9 @@ class Live(Progress):
     def note(self, text: str) -> None:
         self.bars.console.print(f"note: {text}", highlight=False, markup=False)
 
-    def end(self) -> None:
-        self.bars.update(self.task, completed=self.bars.tasks[-1].total, doing="done")
+    def end(self, complete: bool) -> None:
+        if complete:
+            self.bars.update(self.task, completed=self.bars.tasks[-1].total, doing="done")
         self.bars.stop()
 
 

@@ -106,7 +106,7 @@ def read_config(folder: Path | str, *, trust_remote_code: bool = False) -> Any:
 
 def locate(model: str | os.PathLike[str], *, local_only: bool | None = None) -> Path:
     """The folder of a model given as a folder or as a hub id (downloaded to the hub's cache)."""
-    path = Path(model)
+    path = Path(model).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
             from bitpress.journal import WORK

@@ -79,6 +79,17 @@ def resolve(linears: Sequence[LinearName], targets: Sequence[str], ignore: Seque
     return Resolved(chosen, faults, notes)
 
 
+def specificity(linear: LinearName, patterns: Sequence[str]) -> int:
+    """How exactly patterns name a linear: 2 by its name, 1 by a regular expression, 0 by its class or as one of all."""
+    best = 0
+    for pattern in patterns:
+        if pattern_fault(pattern) is None and _means(linear, [pattern]):
+            plain = pattern.removesuffix(WEIGHT)
+            vague = plain in ALL or plain == linear.class_name
+            best = max(best, 1 if pattern.startswith(REGEX) else 0 if vague else 2)
+    return best
+
+
 def pattern_fault(pattern: str) -> str | None:
     """What is wrong with a pattern in itself: it is empty, or not a regular expression."""
     if not pattern.removeprefix(REGEX):

@@ -46,7 +46,7 @@ class Model(nn.Module):
         x = self.embed(input_ids)
         for i, layer in enumerate(self.layers):
             x = layer(hidden_states=x, shift=0.1 * i) if self.by_name else layer(x, 0.1 * i)
-            x = x[0] if isinstance(x, tuple) else x
+            x = x[0] if layer.tuples else x  # like a model that knows its blocks
         return self.head(self.norm(x))
 
 

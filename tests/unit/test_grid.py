@@ -62,9 +62,10 @@ def test_symmetric_minmax_scales(strategy, dtype):
     torch.testing.assert_close(found.scale, (absmax * 2 / 15).to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=0)
 
 
+@pytest.mark.parametrize("shift", [0.5, 20, -20])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_asymmetric_minmax_covers_the_range(strategy):
-    weight = random(R, C) + 0.5
+def test_asymmetric_minmax_covers_the_range_and_zero(strategy, shift):
+    weight = random(R, C) + shift
     g = grid(4, False, strategy)
     found = find_qparams(weight, g)
     assert found.scale.shape == found.zero_point.shape == (R, g.groups(C))
@@ -163,6 +164,13 @@ def test_weights_below_the_dtype_give_the_smallest_normal_scale(dtype):
     weight = torch.full((1, SIZE), 1e-30 if dtype == torch.float16 else 1e-38)
     found = find_qparams(weight, grid(4, True, "group", dtype))
     assert found.scale.item() == torch.finfo(dtype).tiny
+
+
+def test_a_scale_rounded_down_leaves_the_zero_point_in_range():
+    weight = -torch.linspace(1, 2, 200)[:, None].expand(200, SIZE).contiguous()
+    found = find_qparams(weight, grid(8, False, "group", torch.bfloat16))
+    assert bool((found.scale.float() * 255.5 < 1 + torch.arange(200)[:, None] / 199).any()), "128 would be nearest"
+    assert int(found.zero_point.int().min()) >= 126
 
 
 @pytest.mark.parametrize("search", [False, True])

@@ -5,7 +5,8 @@ import torch
 
 from bitpress.errors import ConfigError
 from bitpress.modifiers.quantization import SchemeGroup
-from bitpress.plan import Site, bits_per_weight, gib, near_divisors, parse_bytes
+from bitpress.budget import gib, parse_bytes
+from bitpress.plan import Site, bits_per_weight, near_divisors
 from bitpress.schemes import QuantArgs, Scheme, preset
 
 

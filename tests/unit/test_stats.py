@@ -58,6 +58,14 @@ def test_the_setting_of_matrix_products_is_put_back(dtype, precision):
     assert BACKEND.fp32_precision == precision
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_only_bfloat16_inputs_are_multiplied_in_bfloat16(dtype, monkeypatch):
+    asked = []
+    monkeypatch.setattr(stats_module, "bfloat16_products", lambda on: asked.append(on) or bfloat16_products(on))
+    GramAccumulator(8, torch.device("cpu")).add(torch.ones(3, 8, dtype=dtype))
+    assert set(asked) == {dtype == torch.bfloat16}
+
+
 def test_the_setting_is_made_within(precision):
     with pytest.raises(KeyError), bfloat16_products(True):
         assert BACKEND.fp32_precision == "bf16"

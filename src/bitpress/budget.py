@@ -1,0 +1,125 @@
+"""What a run costs in memory and disk, from shapes alone, and what follows: batch size, where hidden states go."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bitpress.errors import ConfigError, PlanError
+from bitpress.math.stats import GramAccumulator
+from bitpress.subject import Subject
+
+if TYPE_CHECKING:
+    from bitpress.plan import Site
+
+PROCESS_BYTES = 900 << 20  # python, torch and transformers themselves, as measured
+BATCH_TOKENS = {"cpu": 8192, "cuda": 32768}
+
+
+def budget(
+    subject: Subject,
+    sites: Sequence[Site],
+    samples: int,
+    length: int,
+    device: torch.device,
+    max_memory: int | None,
+    batch_size: int | None,
+) -> dict[str, Any]:
+    """Batch size, budgets and expected peaks, all from shapes."""
+    item = subject.dtype.itemsize
+    sizes = [_bytes(subject, subject.blocks.prefix(i)) for i in range(len(subject.blocks))]
+    outside, block = _bytes(subject, None), max(sizes)
+    config = subject.config.get_text_config() if hasattr(subject.config, "get_text_config") else subject.config
+    width = int(config.hidden_size)
+    runs = any(s.modifier.needs_stats for s in sites)
+    hidden = samples * length * width * item if runs else 0
+    widest = max((max(s.rows, s.columns) for s in sites), default=width)
+    # one sequence's live activations in a block, and the float32 copy of the widest input for its Gram matrix
+    sequence = length * (item * (6 * width + 3 * widest) + 4 * widest)
+    largest = max((s.rows * s.columns for s in sites), default=0)
+    stacked = max((sum(t.rows for t in sites if (t.block, t.columns) == (s.block, s.columns)) for s in sites[:64]),
+                  default=0)  # fmt: skip
+    solver = 4 * 6 * max(largest, min(stacked * max((s.columns for s in sites), default=0), 4 * largest))
+    grams = sorted((GramAccumulator.nbytes(s.columns) for s in sites if s.modifier.needs_stats), reverse=True)
+    least_gram = 3 * grams[0] if grams else 0
+    on_cpu = device.type == "cpu"
+    available = _available(device)
+    limit = max_memory or int(0.8 * available)
+    base = PROCESS_BYTES if on_cpu else 0
+    fixed = base + outside + 2 * block + solver + least_gram
+    if fixed + sequence > limit:
+        raise PlanError(
+            f"one block needs {gib(fixed + sequence)} but the limit is {gib(limit)}: raise --max-memory"
+            + ("" if max_memory else " or free memory")
+        )
+    if batch_size is None:
+        by_memory = (limit - fixed) // (4 * sequence)
+        batch_size = int(max(1, min(samples, BATCH_TOKENS[device.type] // length, by_memory)))
+    room = limit - fixed - batch_size * sequence
+    if hidden <= room // 2:
+        where = "device"
+    elif not on_cpu and hidden <= int(0.6 * _available(torch.device("cpu"))):
+        where = "host"
+    else:
+        where = "disk"
+    gram_room = room - (hidden if where == "device" else 0)
+    gram_bytes = max(grams[0] if grams else 0, min(sum(grams), gram_room))
+    device_bytes = (
+        fixed + batch_size * sequence + (hidden if where == "device" else 0) + min(sum(set(grams)), gram_bytes)
+    )
+    host = device_bytes if on_cpu else PROCESS_BYTES + outside + 3 * block + (hidden if where == "host" else 0)
+    return {
+        "host_bytes": host, "device_bytes": 0 if on_cpu else device_bytes, "batch_size": batch_size,
+        "gram_bytes": gram_bytes, "hidden_on": where,
+    }  # fmt: skip
+
+
+def _bytes(subject: Subject, prefix: str | None) -> int:
+    """Bytes of a block, or of all outside the blocks, when loaded."""
+    return sum(torch.Size(subject.spec(k)[1]).numel() * subject.dtype.itemsize for k in subject.keys(prefix))
+
+
+def _available(device: torch.device) -> int:
+    if device.type == "cuda":
+        free: int = torch.cuda.mem_get_info(device)[0]
+        return free
+    with open("/proc/meminfo") as lines:
+        for line in lines:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def space_fault(output: Path, needed: int) -> str | None:
+    """What is wrong with the disk, if anything."""
+    place = output.resolve()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed + (64 << 20):
+        return f"{output}: the output takes {gib(needed)}, but only {gib(free)} are free there: choose another disk"
+    return None
+
+
+def gib(n: int | float) -> str:
+    """Bytes for people: `1.25 GiB`, `93.4 MiB`."""
+    return f"{n / (1 << 30):.2f} GiB" if n >= 1 << 30 else f"{n / (1 << 20):.1f} MiB"
+
+
+def parse_bytes(text: str | int | None) -> int | None:
+    """`8GiB`, `500MB`, `2e9` or a number of bytes; ConfigError if it is none of these."""
+    if text is None:
+        return None
+    units = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
+    units |= {f"{k}i": 1024 ** (i + 1) for i, k in enumerate("kmgt")}
+    found = re.fullmatch(r"\s*(\d+\.?\d*(?:e\d{1,2})?)\s*([kmgt]?i?)b?\s*", str(text).lower())
+    size = int(float(found.group(1)) * units[found.group(2)]) if found and found.group(2) in units else 0
+    if size < 1:
+        raise ConfigError(f"max_memory: '{text}' is not a size; write for example 8GiB, 500MB")
+    return size
