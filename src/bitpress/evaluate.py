@@ -79,8 +79,8 @@ class _Sums:
 
 
 def evaluate(
-    base: str | Path | nn.Module,
-    checkpoint: str | Path | nn.Module,
+    base: str | os.PathLike[str] | nn.Module,
+    checkpoint: str | os.PathLike[str] | nn.Module,
     *,
     text: str | Path | None = None,
     windows: int = 8,
@@ -93,7 +93,8 @@ def evaluate(
     """Perplexity of both models, their KL divergence and top-1 agreement, size and forward speed.
 
     Args:
-        base, checkpoint: a folder, a GGUF file, or a model in memory, which keeps its device and dtype.
+        base, checkpoint: a folder, a GGUF file, what `oneshot` returned, or a model in memory, which keeps its
+            device and dtype.
         text: a text or a file of it; None is the text that comes with bitpress.
         windows, length: windows and tokens in each; a short text gives fewer, and the notes say so.
         device: "auto" is a GPU if there is one.
@@ -115,11 +116,13 @@ def evaluate(
     found = [None if _in_memory(m) else open_checkpoint(m, trust_remote_code) for m in (base, checkpoint)]
     tokens, same = tokenizers_of(tokenizer, found, trust_remote_code)
     ids = _token_ids(tokens, words, label)
+    loading: list[str] = []
     models = [
-        m if at is None else load_checkpoint(at, dtype, device, trust_remote_code)
+        m if at is None else load_checkpoint(at, dtype, device, trust_remote_code, loading)
         for m, at in zip((base, checkpoint), found, strict=True)
     ]
     cut, notes = _cut(ids, windows, length, models)
+    notes = [*loading, *notes]
     sums = _Sums()
     with torch.no_grad(), _evaluating(models):
         vocabulary = _vocabulary(models, ids, same, notes)
@@ -146,7 +149,7 @@ def evaluate(
 
 
 def generate(
-    model: str | Path | nn.Module,
+    model: str | os.PathLike[str] | nn.Module,
     prompt: str,
     max_new_tokens: int = 64,
     *,
@@ -158,7 +161,7 @@ def generate(
     """The greedy answer to a prompt, which goes through the chat template if there is one.
 
     Args:
-        model: a folder, a GGUF file, or a model in memory with its `tokenizer`.
+        model: a folder, a GGUF file, what `oneshot` returned, or a model in memory with its `tokenizer`.
 
     Raises:
         ConfigError: no new tokens asked for, or a model in memory came without a tokenizer.

@@ -19,6 +19,11 @@ from bitpress.errors import CheckpointError, PlanError
 
 WORK = ".bitpress"
 JOURNAL = "journal.jsonl"
+# what the earlier run may have copied from another model, and what would be read with this one
+OF_THE_MODEL = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
+)  # fmt: skip
 
 
 class Journal:
@@ -170,14 +175,10 @@ def _clear(output: Path) -> None:
 
     config.json goes first, so that no half of it looks complete, and report.json last: it says that the rest is ours.
     """
-    from bitpress.checkpoint import COMPANIONS, INDEX
+    from bitpress.checkpoint import INDEX
 
-    for name in ("config.json", INDEX, "recipe.yaml"):
+    for name in ("config.json", INDEX, "recipe.yaml", *OF_THE_MODEL):
         (output / name).unlink(missing_ok=True)
-    for pattern in COMPANIONS:  # of the earlier run's model, which may be another
-        for file in output.glob(pattern):
-            if file.is_file() and file.name != "report.json":
-                file.unlink()
     for shard in output.glob("model-*-of-*.safetensors"):
         shard.unlink()
     shutil.rmtree(output / WORK, ignore_errors=True)

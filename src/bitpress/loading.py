@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import logging
+import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +21,12 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def load_model(
-    path: str | Path, dtype: str = "float32", device: str = "auto", *, trust_remote_code: bool = False
+    path: str | os.PathLike[str], dtype: str = "float32", device: str = "auto", *, trust_remote_code: bool = False
 ) -> nn.Module:
     """A checkpoint as a transformers model in evaluation mode, compressed-tensors decompressed.
 
     Args:
-        path: a folder or a GGUF file.
+        path: a folder, a hub id, a GGUF file, or a `bitpress.result.SavedModel`.
 
     Raises:
         ConfigError: an unknown dtype, or a device that is not there.
@@ -39,6 +43,7 @@ def open_checkpoint(path: Any, trust: bool) -> Inspection:
     Raises:
         CheckpointError: no finished checkpoint, or pickle weights that are not trusted.
     """
+    path = os.fspath(path)
     if not Path(path).exists():
         from bitpress.subject import locate
 
@@ -54,8 +59,12 @@ def open_checkpoint(path: Any, trust: bool) -> Inspection:
     return found
 
 
-def load_checkpoint(found: Inspection, dtype: str, device: str, trust: bool) -> Any:
-    """The model of an inspected checkpoint; see `load_model`."""
+def load_checkpoint(found: Inspection, dtype: str, device: str, trust: bool, notes: list[str] | None = None) -> Any:
+    """The model of an inspected checkpoint; see `load_model`.
+
+    Args:
+        notes: is given what is to be said about how it was loaded.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -70,24 +79,89 @@ def load_checkpoint(found: Inspection, dtype: str, device: str, trust: bool) -> 
     folder, gguf_file = _place(found)
     if gguf_file:
         options["gguf_file"] = gguf_file
+    own = found.method == "compressed-tensors" and _own_loader(Path(folder))
     try:
-        with warnings.catch_warnings():
-            # it says that the checkpoint's own scheme is kept, which is what is wanted
-            warnings.filterwarnings("ignore", message="You passed `quantization_config`")
+        with _quiet(reports=own):
             model, info = AutoModelForCausalLM.from_pretrained(
                 folder, trust_remote_code=trust, output_loading_info=True, **options
             )
     except (OSError, ValueError, ImportError, RuntimeError, KeyError, AttributeError) as error:
+        if own:
+            return _reloaded(found, options["dtype"], on, trust, notes)
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CheckpointError(f"{found.path}: transformers cannot load it: {first}") from error
     lacking = [*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])]
+    if lacking and own:
+        return _reloaded(found, options["dtype"], on, trust, notes)
     if lacking:
         some = ", ".join(sorted(map(str, lacking))[:5])
         raise CheckpointError(
             f"{found.path}: {len(lacking)} weights of the model are missing or of another shape ({some}); "
             "download or write it again"
         )
+    if found.method == "compressed-tensors":
+        _cast(model, options["dtype"])
     return model.eval()
+
+
+def _own_loader(folder: Path) -> bool:
+    from bitpress.result import is_weight_only
+
+    return is_weight_only(folder)
+
+
+def _reloaded(found: Inspection, dtype: Any, on: Any, trust: bool, notes: list[str] | None) -> Any:
+    """What transformers cannot load, as bitpress reads it: the same weights, dense."""
+    from bitpress.result import reload
+
+    try:
+        model = reload(found.path, dtype=dtype, device_map=on, trust_remote_code=trust)
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError, AttributeError) as error:
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise CheckpointError(f"{found.path}: neither transformers nor bitpress can load it: {first}") from error
+    if notes is not None:
+        notes.append(f"{found.path}: transformers cannot load it, so bitpress's own loader was used")
+    return model.eval()
+
+
+def _cast(model: Any, dtype: Any) -> None:
+    """Bring weights to one dtype: those of experts are decompressed to that of their scales, whatever is asked for."""
+    import torch
+
+    dtype = getattr(model.config, "dtype", None) if dtype == "auto" else dtype
+    if isinstance(dtype, torch.dtype):
+        for parameter in model.parameters():
+            if parameter.dtype in (torch.float32, torch.bfloat16, torch.float16):
+                parameter.data = parameter.data.to(dtype)
+
+
+@contextmanager
+def _quiet(*, reports: bool) -> Iterator[None]:
+    """Without the bars of a load, the warning about decompression and, with `reports`, the report on missing weights.
+
+    compressed-tensors has no switch for its bars, so tqdm's own default is changed for the time of the load.
+    """
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    def first(self: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **{**kwargs, "disable": True})
+
+    def kept(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    made = tqdm.__init__
+    log = logging.getLogger("transformers.modeling_utils")
+    with warnings.catch_warnings():
+        # it says that the checkpoint's own scheme is kept, which is what is wanted
+        warnings.filterwarnings("ignore", message="You passed `quantization_config`")
+        tqdm.__init__ = first
+        if reports:
+            log.addFilter(kept)
+        try:
+            yield
+        finally:
+            tqdm.__init__ = made
+            log.removeFilter(kept)
 
 
 def _decompressing() -> Any:

@@ -37,7 +37,7 @@ class QuantizedLayer:
     """One quantized linear.
 
     Attributes:
-        scheme: a preset name such as W4A16, else a description such as "int4 group 64 sym".
+        scheme: a preset name such as W4A16 (of any group size), else a description such as "int4 channel sym".
         group_size: input columns per scale; None where a scale covers a row or the tensor.
         symmetric: None where neither the configuration nor the format tells.
         activations: how inputs are quantized, such as "int8 token sym dynamic"; None if they are not.
@@ -128,7 +128,7 @@ def read_layer(
         name=name,
         rows=rows,
         columns=columns,
-        scheme=_scheme_name(str(weights), activations),
+        scheme=_scheme_name(weights, activations),
         num_bits=weights.num_bits,
         group_size=weights.group_size,
         strategy=weights.strategy,
@@ -209,14 +209,16 @@ def _coding(args: Mapping[str, Any], *, activations: bool) -> Coding:
 
 
 @cache
-def _scheme_name(weights: str, activations: str | None) -> str:
-    """The preset that these descriptions are, else the descriptions themselves."""
+def _scheme_name(weights: Coding, activations: str | None) -> str:
+    """The preset that this is, whatever its group size, else a description."""
+    bare = weights._replace(group_size=None)
     for name, scheme in PRESETS.items():
         inputs = scheme.input_activations
         known = None if inputs is None else str(_coding(inputs.to_dict(), activations=True))
-        if (str(_coding(scheme.weights.to_dict(), activations=False)), known) == (weights, activations):
+        own = _coding(scheme.weights.to_dict(), activations=False)._replace(group_size=None)
+        if (own, known) == (bare, activations):
             return name
-    return weights if activations is None else f"{weights} + {activations} activations"
+    return str(weights) if activations is None else f"{weights} + {activations} activations"
 
 
 def config_groups_of(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:

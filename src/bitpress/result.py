@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -13,14 +14,34 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from bitpress.errors import CheckpointError, ConfigError
+from bitpress.errors import CheckpointError, ConfigError, RecipeError, did_you_mean
 
 if TYPE_CHECKING:
+    from bitpress.checkpoint import Source
     from bitpress.math.grid import QParams
+    from bitpress.modifiers.quantization import QuantizationModifier
     from bitpress.plan import Plan, Site
     from bitpress.subject import ModuleSubject
 
 FORMATS = (None, "compressed-tensors", "pack-quantized", "int-quantized", "dense")
+# arguments of transformers' save_pretrained: those that are refused unless they say what is done anyway, with the
+# remedy, and those that change nothing here
+REFUSED: dict[str, tuple[Any, str]] = {
+    "push_to_hub": (False, "save, then upload the folder: huggingface_hub.HfApi().upload_folder"),
+    "state_dict": (None, "put the weights into the model (load_state_dict), then save it"),
+    "variant": (None, "give each variant a folder of its own"),
+    "safe_serialization": (True, "only safetensors are written; drop it"),
+}
+ACCEPTED = (
+    "is_main_process", "max_shard_size", "save_function", "token", "use_auth_token", "save_peft_format",
+    "save_original_format", "distributed_checkpoint",
+)  # fmt: skip
+# arguments of from_pretrained that say where files come from or how to read them, which is settled for a folder
+IDLE = (
+    "low_cpu_mem_usage", "local_files_only", "token", "use_auth_token", "revision", "cache_dir", "force_download",
+    "resume_download", "proxies", "use_safetensors", "quantization_config", "max_memory", "offload_folder",
+    "offload_state_dict", "offload_buffers",
+)  # fmt: skip
 
 
 class SavedModel:
@@ -33,6 +54,9 @@ class SavedModel:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._model: Any = None
+
+    def __fspath__(self) -> str:
+        return str(self.folder)
 
     def load(self) -> Any:
         """The model, loaded once."""
@@ -56,18 +80,24 @@ class SavedModel:
         from bitpress.inspection import read_config
 
         check_format(quantization_format)
+        if not check_options(kwargs):
+            return
         target = Path(save_directory)
+        if target.is_file():
+            raise CheckpointError(f"{target}: is a file; choose a folder")
+        elsewhere = target.resolve() != self.folder.resolve()
         status = read_config(self.folder).get("quantization_config", {}).get("quantization_status")
         packed = status == "compressed"
         wanted = packed if save_compressed is None else save_compressed
         if self._model is None and wanted == packed:
-            if target.resolve() != self.folder.resolve():
-                shutil.copytree(self.folder, target, dirs_exist_ok=True)
+            if elsewhere:
+                _copy(self.folder, target)
             return
-        if target.resolve() != self.folder.resolve() and not target.is_file():
-            target.mkdir(parents=True, exist_ok=True)
+        model = self.load()
+        if elsewhere:
+            clear(target)
             copy_companions(self.folder, target)
-        self.load().save_pretrained(target, save_compressed=wanted, quantization_format=quantization_format, **kwargs)
+        model.save_pretrained(target, save_compressed=wanted, quantization_format=quantization_format)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -81,10 +111,57 @@ class SavedModel:
         return f"SavedModel({str(self.folder)!r})"
 
 
+def clear(folder: Path) -> None:
+    """Make a folder ready for a checkpoint: an old one's weights go, its config.json first, other files stay."""
+    from bitpress.checkpoint import INDEX
+    from bitpress.journal import WORK
+
+    if folder.is_file():
+        raise CheckpointError(f"{folder}: is a file; choose a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("config.json", INDEX):
+        (folder / name).unlink(missing_ok=True)
+    for old in folder.glob("model*.safetensors"):
+        old.unlink()
+    shutil.rmtree(folder / WORK, ignore_errors=True)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a finished checkpoint, config.json last, so that half a copy does not look whole."""
+
+    def left_out(place: str, names: list[str]) -> set[str]:
+        here = Path(place)
+        return {n for n in names if here / n in (source / "config.json", target)}
+
+    clear(target)
+    shutil.copytree(source, target, dirs_exist_ok=True, ignore=left_out)
+    partial = target / "config.json.partial"
+    shutil.copyfile(source / "config.json", partial)
+    os.replace(partial, target / "config.json")
+
+
+def check_options(options: Mapping[str, Any]) -> bool:
+    """Whether this process saves at all (is_main_process).
+
+    Raises:
+        ConfigError: an argument that transformers' save_pretrained does not have, or that cannot be followed.
+    """
+    faults = []
+    for name, value in options.items():
+        if name in REFUSED:
+            idle, remedy = REFUSED[name]
+            if value is not idle and value is not None:
+                faults.append(f"save_pretrained: {name} is not supported; {remedy}")
+        elif name not in ACCEPTED:
+            own = ("save_compressed", "quantization_format")
+            faults.append(f"save_pretrained: '{name}' is unknown.{did_you_mean(name, (*own, *ACCEPTED, *REFUSED))}")
+    if faults:
+        raise ConfigError(faults)
+    return bool(options.get("is_main_process", True))
+
+
 def check_format(name: str | None) -> None:
     """ConfigError for a storage format that bitpress does not write."""
-    from bitpress.errors import did_you_mean
-
     if name not in FORMATS:
         known = [f for f in FORMATS if f]
         raise ConfigError(f"quantization_format: '{name}' cannot be written.{did_you_mean(str(name), known)}")
@@ -114,9 +191,12 @@ def attach(
             save_directory: the folder, made if need be.
             skip_sparsity_compression_stats, disable_sparse_compression: accepted; there is no sparse format.
             quantization_format: None, or the format that the scheme has anyway.
-            kwargs: arguments of transformers' method; those that have a meaning here are none.
+            kwargs: other arguments of transformers' method. They change nothing here, but for is_main_process=False,
+                which writes nothing; what cannot be followed (push_to_hub, state_dict, ...) is a ConfigError.
         """
         check_format(quantization_format)
+        if not check_options(kwargs):
+            return
         compressed = save_compressed and quantization_format != "dense"
         save_module(self, Path(save_directory), plan, solved, recipe, report, compressed=compressed)
 
@@ -142,13 +222,9 @@ def save_module(
     from bitpress.output import Output
     from bitpress.subject import ModuleSubject
 
-    if folder.is_file():
-        raise CheckpointError(f"{folder}: is a file; choose a folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").unlink(missing_ok=True)
-    for old in folder.glob("model*.safetensors"):
-        old.unlink()
-    shutil.rmtree(folder / WORK, ignore_errors=True)
+    clear(folder)
+    # the weights may have changed since the run: a later run into this folder must not take them for its own
+    report = {**report, "run": {"saved": "from memory"}}
     subject = ModuleSubject(model)
     try:
         total = len(subject.blocks) + 1
@@ -171,14 +247,15 @@ def save_module(
 def load_into(subject: ModuleSubject, plan: Plan, folder: Path) -> nn.Module:
     """Put a finished output's weights into the module that it was made from, or into one loaded from it."""
     from bitpress.checkpoint import Source
-    from bitpress.inspection import read_config
     from bitpress.output import read_site
 
     source = Source(folder)
-    status = read_config(folder)["quantization_config"]["quantization_status"]
     solved = []
     for site in plan.sites:
-        z = read_site(lambda name: source.tensors[name][0], site, compressed=status == "compressed")
+        try:
+            z = read_site(lambda name: source.tensors[name][0], site, compressed=_packed(source, site))
+        except KeyError as error:
+            raise CheckpointError(f"{folder}: {error} is in no weight file; download or write it again") from None
         subject.assign({site.key: z.dense()})
         solved.append((site, z.qparams))
     report, recipe = folder / "report.json", folder / "recipe.yaml"
@@ -192,40 +269,90 @@ def load_into(subject: ModuleSubject, plan: Plan, folder: Path) -> nn.Module:
     )
 
 
+def _packed(source: Source, site: Site) -> bool:
+    """Whether a linear's codes are stored; the status in config.json is not to be trusted in older checkpoints."""
+    weight = f"{site.name}.weight"
+    return f"{weight}_packed" in source.tensors or not source.spec(weight)[0].is_floating_point
+
+
+def modifier_of(folder: Path) -> QuantizationModifier:
+    """The modifier that describes a compressed-tensors checkpoint.
+
+    Raises:
+        CheckpointError: it has a scheme, or something beside it, that bitpress does not write.
+    """
+    from bitpress.inspection import read_config
+    from bitpress.modifiers.quantization import QuantizationModifier
+
+    settings = read_config(folder).get("quantization_config") or {}
+    groups = settings.get("config_groups")
+    if not isinstance(groups, dict) or not all(isinstance(g, dict) and g.get("targets") for g in groups.values()):
+        raise CheckpointError(f"{folder}: config.json has no config_groups with targets that bitpress reads")
+    extra = [key for key in ("kv_cache_scheme", "transform_config") if settings.get(key)]
+    if (settings.get("sparsity_config") or {}).get("format", "dense") != "dense":
+        extra.append("sparsity_config")
+    if extra:
+        raise CheckpointError(
+            f"{folder}: has {', '.join(extra)}, which bitpress does not read; load it in transformers"
+        )
+    # "Linear" takes what no other group names, so it comes last
+    ordered = sorted(groups.items(), key=lambda item: "Linear" in item[1]["targets"])
+    plain = {name: {k: v for k, v in group.items() if k != "format"} for name, group in ordered}
+    try:
+        return QuantizationModifier(config_groups=plain, ignore=settings.get("ignore") or [])
+    except RecipeError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
+
+
+def is_weight_only(folder: Path) -> bool:
+    """Whether `reload` gives the model that was stored: a scheme of bitpress that leaves activations alone."""
+    try:
+        groups = modifier_of(folder).groups()
+    except CheckpointError:
+        return False
+    return all(group.scheme.input_activations is None for group in groups)
+
+
 def reload(place: str | os.PathLike[str], *, dtype: Any = "auto", device_map: Any = None, **kwargs: Any) -> nn.Module:
     """A compressed-tensors checkpoint of integer weights as a dense module that packs again when saved.
 
     Reads the weights itself, so it also loads what transformers cannot decompress (experts with zero points).
 
     Raises:
-        CheckpointError: a scheme that bitpress does not write.
-        ConfigError: a device_map over several devices.
+        CheckpointError: a scheme that bitpress does not write, or tensors that are not there.
+        ConfigError: a device_map over several devices, or an argument that from_pretrained does not have.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     from bitpress import plan
     from bitpress.checkpoint import Source
-    from bitpress.errors import RecipeError
-    from bitpress.inspection import read_config
-    from bitpress.modifiers.quantization import QuantizationModifier
     from bitpress.subject import ModuleSubject, checkpoint_dtype
 
     folder = Path(place)
-    settings = read_config(folder)["quantization_config"]
-    # "Linear" takes what no other group names, so it comes last
-    groups = sorted(settings["config_groups"].items(), key=lambda item: "Linear" in item[1]["targets"])
-    plain = {name: {k: v for k, v in group.items() if k != "format"} for name, group in groups}
-    try:
-        modifier = QuantizationModifier(config_groups=plain, ignore=settings.get("ignore", []))
-    except RecipeError as error:
-        raise CheckpointError(f"{folder}: {error}") from None
-    if device_map not in (None, "auto") and not isinstance(device_map, str | torch.device):
-        raise ConfigError("device_map: a compressed checkpoint is loaded on one device; give 'auto', 'cpu' or 'cuda'")
+    modifier = modifier_of(folder)
+    device = _one_device(device_map)
     source = Source(folder)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, **kwargs)
-    del config.quantization_config
-    dtype = checkpoint_dtype(config, source) if dtype == "auto" else dtype
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, **kwargs).eval()
+    given = {key: value for key, value in kwargs.items() if key not in IDLE}
+    passed_on = {key: given.pop(key) for key in ("attn_implementation", "trust_remote_code") if key in given}
+    config = copy.deepcopy(given.pop("config", None))
+    if config is None:
+        config, given = AutoConfig.from_pretrained(
+            folder,
+            local_files_only=True,
+            trust_remote_code=passed_on.get("trust_remote_code"),
+            return_unused_kwargs=True,
+            **given,
+        )
+    if given:
+        known = (*IDLE, "dtype", "torch_dtype", "device_map", "attn_implementation", "trust_remote_code", "config")
+        raise ConfigError([f"from_pretrained: '{key}' is unknown.{did_you_mean(key, known)}" for key in given])
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    if dtype in (None, "auto"):
+        dtype = checkpoint_dtype(config, source)
+    elif isinstance(dtype, str):
+        dtype = _dtype(dtype)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, **passed_on).eval()
     model.name_or_path = str(folder)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
@@ -236,12 +363,33 @@ def reload(place: str | os.PathLike[str], *, dtype: Any = "auto", device_map: An
         if key not in packed:
             subject.assign({key: source.read([disk])[disk]})
     load_into(subject, made, folder)
-    if device_map is not None:
-        model.to(
-            "cuda"
-            if device_map == "auto" and torch.cuda.is_available()
-            else "cpu"
-            if device_map == "auto"
-            else device_map
-        )
+    if device is not None:
+        model.to(device)
     return model  # type: ignore[no-any-return]
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype):
+        raise ConfigError(
+            f"dtype: '{name}' is unknown.{did_you_mean(name, ('float32', 'bfloat16', 'float16', 'auto'))}"
+        )
+    return found
+
+
+def _one_device(device_map: Any) -> torch.device | None:
+    """The device that a device_map names, None if it is None; ConfigError where there are several."""
+    places = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+    place = places.pop() if len(places) == 1 else ...
+    if place is None:
+        return None
+    if place in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if isinstance(place, int):
+        return torch.device("cuda", place)
+    if isinstance(place, str | torch.device):
+        try:
+            return torch.device(place)
+        except RuntimeError:
+            pass
+    raise ConfigError("device_map: a compressed checkpoint is loaded on one device; give 'auto', 'cpu' or 'cuda'")

@@ -59,7 +59,7 @@ def plan_table(plan: Plan, limit: int | None) -> RenderableType:
     """What a run would do: sites by kind (or each, if there are no more than `limit`, or it is None), and its cost."""
     from bitpress.plan import bits_per_weight, label
 
-    table = Table("linear", "method", "scheme")
+    table = _name_table("linear", "method", "scheme")
     for name in ("linears", "shape", "bits/weight"):
         table.add_column(name, justify="right")
     groups: dict[tuple[str, ...], list[Site]] = {}
@@ -85,18 +85,20 @@ def plan_table(plan: Plan, limit: int | None) -> RenderableType:
 def report_table(report: Mapping[str, Any], limit: int | None) -> RenderableType:
     """A run's report.json: layers by kind (or each, if there are no more than `limit`, or it is None), and totals."""
     rows = report["layers"]
-    table = Table("linear", "method", "scheme")
-    for name in ("linears", "lost energy, mean", "worst", "bits/weight"):
+    table = _name_table("linear", "method", "scheme")
+    whole = limit is None or len(rows) <= limit
+    for name in (*(() if whole else ("linears",)), "lost energy,\nmean", "worst", "bits/\nweight"):
         table.add_column(name, justify="right")
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        name = row["name"] if limit is None or len(rows) <= limit else row["name"].rpartition(".")[2]
+        name = row["name"] if whole else row["name"].rpartition(".")[2]
         groups.setdefault((name, row["method"], row["scheme"]), []).append(row)
     for (name, method, scheme), group in groups.items():
         errors = [row["rel_error"] for row in group]
         bits = f"{group[0]['bits_per_weight']:.3f}"
         mean = f"{sum(errors) / len(errors):.3%}"
-        table.add_row(Text(name), method, scheme, str(len(group)), mean, f"{max(errors):.3%}", bits)
+        count = () if whole else (str(len(group)),)
+        table.add_row(Text(name), method, scheme, *count, mean, f"{max(errors):.3%}", bits)
     totals = report["totals"]
     facts = Table.grid(padding=(0, 2))
     facts.add_row("weights written", _size(totals["output_bytes"]))
@@ -140,7 +142,7 @@ def _facts(inspection: Inspection) -> Table:
 
 
 def _layer_rows(layers: Sequence[QuantizedLayer]) -> Table:
-    table = Table("layer", "shape", "scheme")
+    table = _name_table("layer", "shape", "scheme")
     table.add_column("bits/weight", justify="right")
     for layer in layers:
         shape = f"{layer.rows} x {layer.columns}"
@@ -160,6 +162,15 @@ def _kind_rows(layers: Sequence[QuantizedLayer]) -> Table:
         weights = sum(layer.rows * layer.columns for layer in group)
         bits = 8 * sum(layer.bytes for layer in group) / weights
         table.add_row(kind, label, str(len(group)), f"{weights:,}", f"{bits:.3f}")
+    return table
+
+
+def _name_table(first: str, *others: str) -> Table:
+    """A table whose first column holds names, which are folded where there is no room for them, never cut."""
+    table = Table()
+    table.add_column(first, overflow="fold")
+    for name in others:
+        table.add_column(name)
     return table
 
 

@@ -11,6 +11,11 @@ from bitpress.oneshot import oneshot
 __all__ = ["SparseAutoModelForCausalLM", "oneshot"]
 
 
+# what says where on the hub files lie
+HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx")
+
+
 class SparseAutoModelForCausalLM:
     """AutoModelForCausalLM that also loads and decompresses what bitpress writes."""
 
@@ -18,19 +23,56 @@ class SparseAutoModelForCausalLM:
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
         """Load a model; takes the arguments of transformers, and `torch_dtype` for `dtype`.
 
-        A checkpoint in compressed-tensors format comes dense, and its `save_pretrained(dir, save_compressed=True)`
-        packs it again with the same scales.
+        A checkpoint of integer weights in compressed-tensors format comes dense, and its
+        `save_pretrained(dir, save_compressed=True)` packs it again with the same scales. All else, schemes that
+        bitpress does not read too, is left to transformers.
         """
         from transformers import AutoModelForCausalLM
 
-        from bitpress.inspection import is_quantized
-
-        if "torch_dtype" in kwargs:
-            kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
-        kwargs.setdefault("dtype", "auto")
-        folder = Path(pretrained_model_name_or_path)
-        if not folder.is_dir() or is_quantized(folder) != "compressed-tensors":
-            return AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, **kwargs)
         from bitpress.result import reload
 
-        return reload(folder, **kwargs)
+        if "torch_dtype" in kwargs:
+            kwargs.setdefault("dtype", kwargs["torch_dtype"])
+            del kwargs["torch_dtype"]
+        kwargs.setdefault("dtype", "auto")
+        place = Path(pretrained_model_name_or_path)
+        hub = {key: kwargs[key] for key in HUB if key in kwargs}
+        folder = place if place.is_dir() else _cached_config(os.fspath(pretrained_model_name_or_path), hub)
+        if folder is None or kwargs.get("subfolder") or not _reloads(folder):
+            return AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if not place.is_dir():
+            place = _fetched(os.fspath(pretrained_model_name_or_path), hub)
+        return reload(place, **kwargs)
+
+
+def _reloads(folder: Path) -> bool:
+    """Whether the configuration in a folder is of a checkpoint that `result.reload` reads."""
+    from bitpress.errors import CheckpointError
+    from bitpress.inspection import is_quantized
+    from bitpress.result import modifier_of
+
+    if is_quantized(folder) != "compressed-tensors":
+        return False
+    try:
+        modifier_of(folder)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _cached_config(name: str, hub: dict[str, Any]) -> Path | None:
+    """The folder of the hub's cache with a model's config.json; None where transformers shall say what is wrong."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, "config.json", **hub)).parent
+    except Exception:  # the hub raises many unrelated types
+        return None
+
+
+def _fetched(name: str, hub: dict[str, Any]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    from bitpress.subject import locate
+
+    return Path(snapshot_download(name, ignore_patterns=list(PICKLES), **hub)) if hub else locate(name)

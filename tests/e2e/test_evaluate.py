@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -18,7 +19,8 @@ from bitpress import evaluate as package_evaluate
 from bitpress import oneshot
 from bitpress.errors import CheckpointError, ConfigError, DataError, NumericsError
 from bitpress.evaluate import BUILT_IN, evaluate, generate, load_model
-from bitpress.tables import evaluation_table
+from bitpress.inspection import inspect_checkpoint
+from bitpress.tables import evaluation_table, inspection_table, report_table
 from conftest import VOCAB, build, save
 
 WORDS = [f"w{i}" for i in range(VOCAB - 1)]
@@ -115,6 +117,71 @@ def test_compressed_tensors_are_decompressed(place, rows, tmp_path):
     weight = loaded.model.layers[0].mlp.up_proj.weight
     assert weight.dtype == torch.float32
     assert all(len(row.unique()) <= 16 for row in weight.data[:, :16])  # 4 bits in the first group
+
+
+@pytest.mark.parametrize(
+    ("family", "scheme", "own"),
+    [("mixtral", "W4A16", False), ("mixtral", "W4A16_ASYM", True), ("falcon", "W4A16", True)],
+)
+def test_what_transformers_cannot_load_is_read_by_bitpress(family, scheme, own, tmp_path):
+    model = build(family, torch.bfloat16)
+    base = save(copy.deepcopy(model), tmp_path / "base")
+    tokenizer().save_pretrained(base)
+    wanted = {"QuantizationModifier": {"scheme": scheme, "group_size": 16, "ignore": ["lm_head"]}}
+    oneshot(model, None, wanted)
+    model.save_pretrained(tmp_path / "out")
+    for dtype in ("float32", "auto"):
+        result = evaluate(base, tmp_path / "out", windows=1, length=32, dtype=dtype)
+        assert 0 < result.kl < 1
+        said = [note for note in result.notes if "bitpress's own loader was used" in note]
+        assert len(said) == own and all(str(tmp_path / "out") in note for note in said)
+    loaded = load_model(tmp_path / "out")
+    for key, weight in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key].to(weight.dtype), weight), key
+
+
+def test_activations_are_not_left_out(tmp_path):
+    model = build("mixtral", torch.bfloat16)
+    oneshot(model, None, {"QuantizationModifier": {"scheme": "W8A8", "ignore": ["lm_head"]}})
+    model.save_pretrained(tmp_path / "out")
+    with pytest.raises(CheckpointError, match="transformers cannot load it"):
+        load_model(tmp_path / "out")
+
+
+def test_what_oneshot_returned_is_evaluated(place, tmp_path, capfd, recwarn, monkeypatch):
+    wanted = {"QuantizationModifier": {"scheme": "W4A16", "group_size": 16, "ignore": ["lm_head"]}}
+    saved = oneshot(place / "base", None, wanted, output_dir=tmp_path / "out")
+    tqdm = pytest.importorskip("tqdm").tqdm
+    untold = tqdm.__init__
+
+    def told(self, *args, **kwargs):  # as without the tests' TQDM_DISABLE
+        untold(self, *args, **{"disable": False, **kwargs})
+
+    monkeypatch.setattr(tqdm, "__init__", told)
+    capfd.readouterr()
+    kwargs = {"text": place / "text.txt", "windows": 2, "length": 20}
+    found = evaluate(place / "base", saved, **kwargs)
+    assert capfd.readouterr().err == "" and not [w for w in recwarn if "You passed" in str(w.message)]
+    assert tqdm.__init__ is told
+    assert found.kl == evaluate(place / "base", tmp_path / "out", **kwargs).kl > 0
+    assert found.bytes < found.base_bytes and saved._model is None
+    assert generate(saved, "w5 w6", 4) == generate(tmp_path / "out", "w5 w6", 4)
+
+
+def test_names_in_tables_are_folded_and_never_cut(place, tmp_path):
+    wanted = {"QuantizationModifier": {"scheme": "W4A16", "group_size": 16, "ignore": ["lm_head"]}}
+    oneshot(place / "base", None, wanted, output_dir=tmp_path / "out")
+    found = inspect_checkpoint(tmp_path / "out")
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert {layer.scheme for layer in found.layers} == {"W4A16"}
+    for table in (report_table(report, None), inspection_table(found)):
+        console = Console(width=80, soft_wrap=True)
+        with console.capture() as captured:
+            console.print(table)
+        lines = captured.get().splitlines()
+        names = "".join(line.split("\u2502")[1].strip() for line in lines if line.startswith("\u2502"))
+        assert all(layer.name in names for layer in found.layers) and "\u2026" not in captured.get()
+        assert "W4A16 g16" in captured.get()
 
 
 def test_models_in_memory_are_left_as_they_were(place):

@@ -168,7 +168,7 @@ def test_resume_needs_something(tmp_path, half, work):
 def test_fresh_clears_what_bitpress_wrote_and_no_more(tmp_path):
     finished(tmp_path)
     shard(tmp_path / WORK, 0)
-    others = ["notes.txt", "model.safetensors", "tokenizer.json", "adapter-1-of-2.safetensors"]
+    others = ["notes.txt", "model.safetensors", "adapter-1-of-2.safetensors"]
     for name in others:
         (tmp_path / name).write_text("mine")
     assert prepare(tmp_path, {**RUN, "recipe": {}}, fresh=True, resume=False) is False

@@ -1,11 +1,13 @@
 """The small figures of a plan: sizes for people, group sizes to suggest, bits per weight."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from bitpress.budget import gib, parse_bytes
 from bitpress.errors import ConfigError
 from bitpress.modifiers.quantization import SchemeGroup
-from bitpress.budget import gib, parse_bytes
 from bitpress.plan import Site, bits_per_weight, near_divisors
 from bitpress.schemes import QuantArgs, Scheme, preset
 
@@ -97,6 +99,6 @@ def test_bits_per_weight(scheme, expected):
 
 
 def test_bits_per_weight_of_another_dtype_and_of_words_partly_used():
-    assert bits_per_weight(site(preset("W4A16")), torch.float32) == 4 + 32 / 128
+    assert bits_per_weight(replace(site(preset("W4A16")), dtype=torch.float32)) == 4 + 32 / 128
     # 45 codes of 4 bits take 6 words
     assert bits_per_weight(site(preset("W4A16", -1), 3, 45)) == pytest.approx((6 * 32 + 16) / 45)

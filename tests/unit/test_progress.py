@@ -47,7 +47,7 @@ def test_the_silent_one_takes_everything(capsys):
     silent.at(0, "loading")
     silent.at(1, "solving", 0.5)
     silent.note("something")
-    silent.end()
+    silent.end(True)
     assert capsys.readouterr() == ("", "")
 
 
@@ -56,7 +56,7 @@ def report(lines, blocks):
     for block in blocks:
         for doing in ("loading", "statistics", "statistics", "solving"):
             lines.at(block, doing, 0.1)
-    lines.end()
+    lines.end(True)
 
 
 def test_a_line_a_block(console, monkeypatch):
@@ -91,7 +91,7 @@ def test_text_is_not_taken_for_markup(kind, console):
     shown.begin("[red]stage[/red]", 2)
     shown.at(0, "loading [/x]")
     shown.note("re:.*[abc] and [/nothing]")
-    shown.end()
+    shown.end(True)
     assert "note: re:.*[abc] and [/nothing]" in said(console)
     assert any("[red]stage[/red]" in line for line in said(console))
 
@@ -102,6 +102,6 @@ def test_the_live_display_ends_full(console):
     live.at(1, "solving", 0.25)
     task = live.bars.tasks[0]
     assert (task.completed, task.fields["at"], task.fields["doing"]) == (1.25, "block 2 of 3", "solving")
-    live.end()
+    live.end(True)
     assert task.finished and not live.bars.live.is_started
     assert "quantize" in console.file.getvalue()
