@@ -199,7 +199,7 @@ def evaluate(
 
     result = run(
         base, checkpoint, text=text, windows=windows, length=length, dtype=dtype, device=device.value,
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=trust_remote_code, on_window=_window,
     )  # fmt: skip
     if as_json:
         _print_json(result.to_dict())
@@ -275,6 +275,10 @@ def _recipe(
     if group_size is not None:
         keys["group_size"] = group_size
     return {"QuantizationModifier" if method is Method.rtn else "GPTQModifier": keys}
+
+
+def _window(number: int, total: int) -> None:
+    err.print(f"window {number + 1} of {total}", highlight=False)
 
 
 def _progress(verbose: bool, quiet: bool) -> Progress:

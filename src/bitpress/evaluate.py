@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
@@ -89,6 +89,7 @@ def evaluate(
     dtype: str = "float32",
     tokenizer: Any = None,
     trust_remote_code: bool = False,
+    on_window: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Perplexity of both models, their KL divergence and top-1 agreement, size and forward speed.
 
@@ -101,6 +102,7 @@ def evaluate(
         dtype: "float32", "bfloat16", "float16", or "auto" for the one that each checkpoint is stored in.
         tokenizer: a tokenizer or a folder of one, for both models; None is the base's.
         trust_remote_code: run model code that comes with the folders, and read pickle weights.
+        on_window: called before each window with its number, from 0, and their total.
 
     Raises:
         ConfigError: an argument is out of range, or a model in memory came without a tokenizer.
@@ -126,7 +128,9 @@ def evaluate(
     sums = _Sums()
     with torch.no_grad(), _evaluating(models):
         vocabulary = _vocabulary(models, ids, same, notes)
-        for window in cut:
+        for number, window in enumerate(cut):
+            if on_window is not None:
+                on_window(number, len(cut))
             _measure(models, window, vocabulary, sums)
     kl = torch.cat(sums.kl)
     sizes = [_bytes(m) if at is None else at.bytes for m, at in zip(models, found, strict=True)]

@@ -5,7 +5,8 @@ Nothing is loaded here but the configuration and the headers of the weight files
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -277,13 +278,15 @@ def _unknown_experts(subject: Subject, modifiers: Sequence[Any]) -> list[str]:
     ]
 
 
-def _misfits(sites: Iterable[Site], subject: Subject) -> list[str]:
+def _misfits(sites: Sequence[Site], subject: Subject) -> list[str]:
     found = []
     head = _head_name(subject)
     for site in sites:
         size = site.group.scheme.weights.group_size
         if size and site.columns % size:
-            tries = ", ".join(str(n) for n in near_divisors(site.columns, size))
+            # a size that the next linear refuses is no help
+            alike = [s.columns for s in sites if s.group is site.group]
+            tries = ", ".join(str(n) for n in near_divisors(math.gcd(*alike), size))
             found.append(
                 f"{site.name}: {site.columns} input columns are not divisible by group_size {size} (try {tries})"
             )
@@ -295,14 +298,11 @@ def _misfits(sites: Iterable[Site], subject: Subject) -> list[str]:
 
 
 def _brief(found: list[str]) -> list[str]:
-    """Of faults that differ in the block's number alone, the first and a count."""
-    import re
-
+    """Of linears with the same fault, the first and a count."""
     kinds: dict[str, list[str]] = {}
     for fault in found:
-        where, _, what = fault.partition(":")
-        kinds.setdefault(re.sub(r"\d+", "#", where) + what, []).append(fault)
-    return [same[0] if len(same) == 1 else f"{same[0]} [and {len(same) - 1} layers alike]" for same in kinds.values()]
+        kinds.setdefault(fault.partition(":")[2], []).append(fault)
+    return [same[0] if len(same) == 1 else f"{same[0]} [and {len(same) - 1} more linears]" for same in kinds.values()]
 
 
 def near_divisors(columns: int, size: int) -> list[int]:

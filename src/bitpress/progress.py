@@ -37,7 +37,9 @@ class Lines(Progress):
         if self.first < 0:
             self.first = block
         new = block != self._last[0]
-        if not new and (not self.verbose or doing == self._last[1]):
+        if not self.verbose and (not new or doing == "loading"):
+            return
+        if not new and doing == self._last[1]:
             return
         self._last = (block, doing)
         spent, done = time.monotonic() - self.start, block - self.first

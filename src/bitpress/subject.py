@@ -123,7 +123,7 @@ def locate(model: str | os.PathLike[str], *, local_only: bool | None = None) -> 
         return Path(snapshot_download(str(model), allow_patterns=patterns))
     except Exception as error:  # the hub raises many unrelated types; the reason is kept
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{model}: not a folder, and the hub does not give it: {first}") from error
+        raise CheckpointError(f"{model}: no such folder, and the hub does not give it: {first}") from error
 
 
 def checkpoint_dtype(config: Any, source: Source) -> torch.dtype:

@@ -64,11 +64,11 @@ def test_a_line_a_block(console, monkeypatch):
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(ticks))
     report(Lines(console), [0, 1, 2, 3, 4])
     assert said(console) == [
-        "quantize: block 1 of 4: loading",
-        "quantize: block 2 of 4: loading, ETA 1 min 0 s",  # 20 s for one, three to go
-        "quantize: block 3 of 4: loading, ETA 30 s",
-        "quantize: block 4 of 4: loading, ETA 13 s",
-        "quantize: embeddings and head: loading, ETA 0 s",
+        "quantize: block 1 of 4: statistics",
+        "quantize: block 2 of 4: statistics, ETA 1 min 0 s",  # 20 s for one, three to go
+        "quantize: block 3 of 4: statistics, ETA 30 s",
+        "quantize: block 4 of 4: statistics, ETA 13 s",
+        "quantize: embeddings and head: statistics, ETA 0 s",
     ]
 
 
@@ -76,7 +76,7 @@ def test_a_run_that_goes_on_counts_from_where_it_was(console, monkeypatch):
     ticks = itertools.count(100.0, 10.0)
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(ticks))
     report(Lines(console), [2, 3])
-    assert said(console) == ["quantize: block 3 of 4: loading", "quantize: block 4 of 4: loading, ETA 20 s"]
+    assert said(console) == ["quantize: block 3 of 4: statistics", "quantize: block 4 of 4: statistics, ETA 20 s"]
 
 
 def test_a_line_a_phase(console):
