@@ -40,10 +40,10 @@ def test_round_to_nearest():
     assert modifier.to_dict() == {"scheme": "w8a8", "targets": ["q_proj", "k_proj"], "observer": "mse"}
 
 
-def test_needs_data():
-    assert GPTQModifier(scheme="W4A16").needs_data
-    assert not QuantizationModifier(scheme="W4A16").needs_data
-    assert not QuantizationModifier(scheme="W8A8").needs_data
+def test_needs_stats():
+    assert GPTQModifier(scheme="W4A16").needs_stats
+    assert not QuantizationModifier(scheme="W4A16").needs_stats
+    assert not QuantizationModifier(scheme="W8A8").needs_stats
 
 
 def test_table_and_docstrings_are_complete():

@@ -37,7 +37,7 @@ class Modifier:
         return []
 
     @property
-    def needs_data(self) -> bool:
+    def needs_stats(self) -> bool:
         """Whether it reads statistics of calibration data."""
         return False
 

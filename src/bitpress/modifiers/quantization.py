@@ -59,12 +59,6 @@ class SchemeModifier(Modifier):
 
     method: ClassVar[str] = ""
 
-    @property
-    def needs_data(self) -> bool:
-        """True where activations have static scales."""
-        inputs = [group.scheme.input_activations for group in self.groups()]
-        return any(args is not None and args.dynamic is not True for args in inputs)
-
     def groups(self) -> tuple[SchemeGroup, ...]:
         """The scheme of each group of targets, in the recipe's order."""
         return self._read_groups()[0]
@@ -97,11 +91,6 @@ class SchemeModifier(Modifier):
             grid: the integer grid of the scheme.
         """
         raise NotImplementedError
-
-    @property
-    def needs_stats(self) -> bool:
-        """Whether `solve` reads the input's statistics."""
-        return False
 
     def _weights_defaults(self) -> tuple[ActOrder, str]:
         """Act-order and observer of weights that do not set their own."""
@@ -249,11 +238,6 @@ class GPTQModifier(SchemeModifier):
     sequential_update: bool | None = None
     sequential_targets: Names | None = None
     offload_hessians: bool | None = None
-
-    @property
-    def needs_data(self) -> bool:
-        """Always: the solver reads the Gram matrix."""
-        return True
 
     @property
     def needs_stats(self) -> bool:
