@@ -43,6 +43,10 @@ class Grid:
     def qmax(self) -> int:
         return (1 << (self.bits - 1)) - 1
 
+    def nearest_(self, x: Tensor) -> Tensor:
+        """Round `x` = weight / scale + zero point in place to the nearest value that a code can have; returns it."""
+        return x.round_().clamp_(self.qmin, self.qmax)
+
     def groups(self, columns: int) -> int:
         return 1 if self.group_size is None else columns // self.group_size
 
@@ -152,10 +156,10 @@ def _squared_error(grouped: Tensor, qparams: QParams, importance: Tensor, grid: 
         w = grouped[lo : lo + step]
         x = w / scale
         if part.zero_point is None:
-            x = x.round_().clamp_(grid.qmin, grid.qmax)
+            x = grid.nearest_(x)
         else:
             zero = part.zero_point.float()[..., None]
-            x = x.add_(zero).round_().clamp_(grid.qmin, grid.qmax).sub_(zero)
+            x = grid.nearest_(x.add_(zero)).sub_(zero)
         x = x.mul_(scale).sub_(w).square_()
         loss[lo : lo + step] = x.mul_(importance).sum(-1)
     return loss
@@ -168,7 +172,7 @@ def quantize(weight: Tensor, qparams: QParams, grid: Grid) -> Tensor:
     x = weight.reshape(R, G, C // G) / qparams.scale.float()[..., None]
     if qparams.zero_point is not None:
         x += qparams.zero_point.float()[..., None]
-    return x.round_().clamp_(grid.qmin, grid.qmax).to(torch.int8).reshape(R, C)
+    return grid.nearest_(x).to(torch.int8).reshape(R, C)
 
 
 def dequantize(codes: Tensor, qparams: QParams) -> Tensor:

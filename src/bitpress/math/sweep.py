@@ -111,9 +111,9 @@ def _column(state: _State, j: int, error: Tensor) -> None:
     w, s, grid = state.work[j], state.scale[state.groups[j]], state.grid
     q = w / s
     if state.zero is None:
-        state.codes[j] = q.round_().clamp_(grid.qmin, grid.qmax)
+        state.codes[j] = grid.nearest_(q)
     else:
         z = state.zero[state.groups[j]]
-        state.codes[j] = q.add_(z).round_().clamp_(grid.qmin, grid.qmax)
+        state.codes[j] = grid.nearest_(q.add_(z))
         q.sub_(z)
     torch.div(torch.sub(w, q.mul_(s), out=q), state.pivots[j], out=error)
