@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bitpress.errors import NumericsError, PlanError
-from bitpress.math.stats import GramAccumulator, InputStats
+from bitpress.math.stats import InputStats, StatsAccumulator
 
 Batch = tuple[Tensor, Tensor | None]  # token ids (B, L); hidden states (B, L, C), None before the first block
 
@@ -131,7 +131,7 @@ def _forwards(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> Iter
 class _Shared:
     """One distinct input: its sums, the tensors added to them, and how many of these each of its linears read."""
 
-    sums: GramAccumulator
+    sums: StatsAccumulator
     added: int = 0
     reads: dict[str, int] = field(default_factory=dict)
 
@@ -157,6 +157,7 @@ def collect(
     batches: Iterable[Batch],
     *,
     budget: int,
+    needs: frozenset[str] = frozenset({"gram"}),
     leave_early: bool = True,
 ) -> Collected:
     """Run all batches and sum the statistics of every distinct input of the given linears.
@@ -167,7 +168,8 @@ def collect(
         run: runs the block (or the tail) on a batch.
         linears: by name.
         batches: ids and hidden states.
-        budget: bytes that Gram matrices may take; at least one is always made, the rest is deferred.
+        budget: bytes that statistics may take; at least one is always made, the rest is deferred.
+        needs: which statistics, see `Modifier.needs`.
         leave_early: leave the block when its last linear has its input (its output is not needed). Not for blocks
             in which linears are called depending on the data.
 
@@ -201,13 +203,13 @@ def collect(
                 entry = shared[name] = shared[seen[1]]
                 entry.read_by(name)
             else:
-                size = GramAccumulator.nbytes(x.shape[-1])
+                size = StatsAccumulator.nbytes(x.shape[-1], needs)
                 if shared and used + size > budget:
                     deferred.add(name)
                     current[id(x)] = (x, None)
                 else:
                     used += size
-                    entry = shared[name] = _Shared(GramAccumulator(x.shape[-1], x.device))
+                    entry = shared[name] = _Shared(StatsAccumulator(x.shape[-1], x.device, needs))
                     entry.add(x)
                     entry.read_by(name)
                     current[id(x)] = (x, name)

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bitpress.errors import ConfigError, PlanError
-from bitpress.math.stats import GramAccumulator
+from bitpress.math.stats import StatsAccumulator
 from bitpress.subject import Subject
 
 if TYPE_CHECKING:
-    from bitpress.plan import Site
+    from bitpress.sites import Site
 
 PROCESS_BYTES = 900 << 20  # python, torch and transformers themselves, as measured
 BATCH_TOKENS = {"cpu": 8192, "cuda": 32768}
@@ -37,7 +37,7 @@ def budget(
     outside, block = _bytes(subject, None), max(sizes)
     config = subject.config.get_text_config() if hasattr(subject.config, "get_text_config") else subject.config
     width = int(config.hidden_size)
-    runs = any(s.modifier.needs_stats for s in sites)
+    runs = any(s.needs for s in sites)
     hidden = samples * length * width * item if runs else 0
     widest = max((max(s.rows, s.columns) for s in sites), default=width)
     # one sequence's live activations in a block, and the float32 copy of the widest input for its Gram matrix
@@ -46,7 +46,7 @@ def budget(
     stacked = max((sum(t.rows for t in sites if (t.block, t.columns) == (s.block, s.columns)) for s in sites[:64]),
                   default=0)  # fmt: skip
     solver = 4 * 6 * max(largest, min(stacked * max((s.columns for s in sites), default=0), 4 * largest))
-    grams = sorted((GramAccumulator.nbytes(s.columns) for s in sites if s.modifier.needs_stats), reverse=True)
+    grams = sorted((StatsAccumulator.nbytes(s.columns, s.needs) for s in sites if s.needs), reverse=True)
     least_gram = 3 * grams[0] if grams else 0
     on_cpu = device.type == "cpu"
     available = _available(device)

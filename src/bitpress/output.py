@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,9 @@ from bitpress.checkpoint import (
 from bitpress.errors import CheckpointError
 from bitpress.journal import Journal
 from bitpress.math.grid import Solved
-from bitpress.plan import Plan, Site
+from bitpress.plan import Plan
+from bitpress.schemes import Scheme
+from bitpress.sites import Site, stored_spec
 from bitpress.subject import Subject
 
 
@@ -58,6 +60,15 @@ class Output:
         file = self.file(shard)
         return read_site(lambda _: file, site, compressed=self.compressed)
 
+    def read_others(
+        self, shard: int, subject: Subject, prefix: str | None, sites: Sequence[Site]
+    ) -> dict[str, torch.Tensor]:
+        """The other tensors of a finished shard, by module tensor name: a run may have changed them too."""
+        mine = {s.key for s in sites}
+        disk = {subject.layout.disk_of[k]: k for k in subject.keys(prefix) if k not in mine}
+        file = self.file(shard)
+        return {disk[name]: t for name, t in read_tensors((name, file) for name in disk).items()}
+
     def write(
         self,
         shard: int,
@@ -67,17 +78,24 @@ class Output:
         rows: list[dict[str, Any]],
         *,
         last: bool,
+        changed: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         """Write a shard: the stored tensors of `keys`, the solved ones in their format.
+
+        Args:
+            changed: tensors that take the place of stored ones, by module tensor name.
 
         Raises:
             CheckpointError: what is read back is not what was solved.
         """
         by_key = {site.key: (site, z) for site, z in solved}
-        tensors = {subject.layout.disk_of[k]: t for k, t in subject.stored(k for k in keys if k not in by_key).items()}
+        others = dict(changed or {})
+        others |= subject.stored(k for k in keys if k not in by_key and k not in others)
+        tensors = {subject.layout.disk_of[k]: t for k, t in others.items()}
         pack = formats.pack if self.compressed else formats.dense
         for site, z in by_key.values():
-            tensors |= {f"{site.name}.{suffix}": t for suffix, t in pack(z, site.group.scheme).items()}
+            parts = {"weight": z.dense()} if site.scheme is None else pack(z, site.scheme)
+            tensors |= {f"{site.name}.{suffix}": t for suffix, t in parts.items()}
         if last:
             tensors |= subject.extra()
         file = self.work / f"model-{shard + 1:05d}-of-{self.shards:05d}.safetensors"
@@ -128,30 +146,31 @@ class Output:
             config["dtype"] = str(subject.dtype).removeprefix("torch.")
         if subject.tied:
             config["tie_word_embeddings"] = True
-        if plan.sites:
+        if plan.quantized:
             config["quantization_config"] = quantization_config(plan, compressed=self.compressed)
         return config
 
 
 def read_site(file_of: Callable[[str], Path], site: Site, *, compressed: bool) -> Solved:
     """A solved linear from the files that hold its tensors, packed or dense beside its scales."""
-    scheme = site.group.scheme
-    describe = formats.describe if compressed else formats.describe_dense
-    names = {f"{site.name}.{suffix}": suffix for suffix in describe(scheme, site.rows, site.columns, torch.float32)}
+    names = {f"{site.name}.{suffix}": suffix for suffix in stored_spec(site, compressed=compressed)}
     tensors = read_tensors((name, file_of(name)) for name in names)
     parts = {suffix: tensors[name] for name, suffix in names.items()}
+    scheme = site.scheme
+    if scheme is None:
+        return Solved(None, None, torch.tensor(float("nan")), weight=parts["weight"])
     return formats.unpack(parts, scheme) if compressed else formats.undense(parts, scheme)
 
 
 def quantization_config(plan: Plan, *, compressed: bool) -> dict[str, Any]:
     """The entry of config.json that transformers and vLLM read: what all releases since 0.17 understand, no nulls."""
-    by_scheme: dict[str, list[Site]] = {}
-    for site in plan.sites:
-        by_scheme.setdefault(json.dumps(site.group.scheme.to_dict(), sort_keys=True), []).append(site)
+    by_scheme: dict[str, tuple[Scheme, list[Site]]] = {}
+    for site in plan.quantized:
+        assert site.scheme is not None
+        by_scheme.setdefault(json.dumps(site.scheme.to_dict(), sort_keys=True), (site.scheme, []))[1].append(site)
     groups = {}
     # the largest group is "all Linears", the others are named one by one: names go before classes
-    for i, sites in enumerate(sorted(by_scheme.values(), key=len, reverse=True)):
-        scheme = sites[0].group.scheme
+    for i, (scheme, sites) in enumerate(sorted(by_scheme.values(), key=lambda pair: len(pair[1]), reverse=True)):
         targets = ["Linear"] if i == 0 else list(dict.fromkeys(n for s in sites for n in (s.name, s.module)))
         groups[f"group_{i}"] = {
             "targets": targets,

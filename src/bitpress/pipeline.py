@@ -16,15 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitpress import formats, ranks
+from bitpress import chain, ranks
 from bitpress.blocks import Batch, collect
 from bitpress.errors import NumericsError
-from bitpress.math.grid import QParams, Solved, settle
+from bitpress.math.grid import QParams, Solved
 from bitpress.math.stats import InputStats
 from bitpress.output import Output
-from bitpress.plan import Plan, Site, bits_per_weight, experts_in, label
+from bitpress.plan import Plan, experts_in
 from bitpress.progress import Progress
 from bitpress.report import LayerReport
+from bitpress.sites import Site, bits_per_weight, label
 from bitpress.states import HiddenStates
 from bitpress.subject import Subject
 
@@ -98,7 +99,8 @@ def _block(run: Run, index: int, states: HiddenStates, *, collects: bool, feeds:
             return
         progress.at(index, "replaying from its shard")
         read = [(s, run.output.read(index, s)) for s in sites]
-        subject.load(prefix, run.device, {s.key: solved.dense() for s, solved in read})
+        kept = run.output.read_others(index, subject, prefix, sites)
+        subject.load(prefix, run.device, {**kept, **{s.key: solved.dense() for s, solved in read}})
         run.solved += _kept(run, read)
         clock = run.timed("load", clock)
     else:
@@ -132,7 +134,8 @@ def _outside(run: Run, states: HiddenStates) -> None:
         run.rows += entry["rows"]
         if not run.subject.streamed:
             read = [(s, run.output.read(total, s)) for s in sites]
-            run.subject.load(None, run.device, {s.key: solved.dense() for s, solved in read})
+            kept = run.output.read_others(total, run.subject, None, sites)
+            run.subject.load(None, run.device, {**kept, **{s.key: solved.dense() for s, solved in read}})
             run.solved += _kept(run, read)
         return
     if sites and not run.plan.needs_stats:
@@ -161,7 +164,9 @@ def _store(run: Run, shard: int, prefix: str | None, results: list[Result]) -> N
 
 def _kept(run: Run, solved: list[tuple[Site, Solved]]) -> list[tuple[Site, QParams]]:
     """What a model in memory keeps of its solved linears; a streamed one keeps nothing."""
-    return [] if run.subject.streamed else [(s, z.qparams.to("cpu")) for s, z in solved]
+    if run.subject.streamed:
+        return []
+    return [(s, z.qparams.to("cpu")) for s, z in solved if z.qparams is not None]
 
 
 def _weight(model: nn.Module, site: Site) -> Tensor:
@@ -177,7 +182,8 @@ def _solve_sites(
     blocks = run.subject.blocks
     at = len(blocks) if index is None else index
     results: dict[str, Result] = {}
-    needy = [s for s in sites if collects and s.modifier.needs_stats]
+    needy = [s for s in sites if collects and s.needs]
+    needs = frozenset().union(*(s.needs for s in needy))
     clock = time.perf_counter()
     for site in sites:
         if site not in needy:
@@ -195,7 +201,7 @@ def _solve_sites(
             clock = time.perf_counter()
             modules = {m: run.subject.model.get_submodule(m) for m in waiting}
             batches = _watched(run, states, at, "statistics", 0.0)
-            got = collect(visit, modules, batches, budget=run.plan.gram_bytes, leave_early=not experts)
+            got = collect(visit, modules, batches, budget=run.plan.gram_bytes, needs=needs, leave_early=not experts)
             clock = run.timed("statistics", clock)
             run.progress.at(at, "solving", 0.4)
             met = set(got.deferred)
@@ -229,31 +235,29 @@ def _solve_sites(
 
 
 def _solve(run: Run, sites: list[Site], stats: InputStats | None, policy: str) -> dict[str, Result]:
-    """Linears that read the same input: one call of a modifier for those of one scheme."""
+    """Linears that read the same input: one call of the solver for those with the same steps."""
     results: dict[str, Result] = {}
-    parts: dict[tuple[int, str], list[Site]] = {}
+    parts: dict[tuple[tuple[int, str, float | None], ...], list[Site]] = {}
     for site in sites:
-        parts.setdefault((id(site.modifier), site.group.name), []).append(site)
+        parts.setdefault(tuple((id(s.modifier), s.claim.name, s.sparsity) for s in site.steps), []).append(site)
     for part in parts.values():
         clock = time.perf_counter()
-        grid = formats.grid_of(part[0].group.scheme, run.subject.dtype)
         weights = [_weight(run.subject.model, s).float() for s in part]
         for site, weight in zip(part, weights, strict=True):
             if not torch.isfinite(weight).all():
                 raise NumericsError(f"{site.name}: NaN or infinity in the weight; the checkpoint is damaged")
         try:
-            solved = part[0].modifier.solve(weights, stats, part[0].group, grid)
+            solved = ranks.broadcast(chain.solve(part[0].steps, weights, stats, run.subject.dtype))
         except NumericsError as error:
             raise NumericsError(f"{part[0].name}: {error}") from None
-        solved = [settle(z, grid) for z in ranks.broadcast(solved)]
         seconds = (time.perf_counter() - clock) / len(part)
         for site, z in zip(part, solved, strict=True):
             report = LayerReport(
                 name=site.name,
-                method=site.modifier.method,
+                method=site.method,
                 scheme=label(site.group),
                 rel_error=float(z.error),
-                error_of="weight" if stats is None else "output",
+                error_of="weight" if stats is None or stats.gram is None else "output",
                 bits_per_weight=bits_per_weight(site),
                 sparsity=float((z.dense() == 0).float().mean()),
                 tokens=0 if stats is None else stats.tokens,

@@ -5,7 +5,6 @@ Nothing is loaded here but the configuration and the headers of the weight files
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,41 +18,12 @@ from bitpress.budget import budget, space_fault
 from bitpress.checkpoint import file_size
 from bitpress.errors import PlanError
 from bitpress.experts import UnfusedExperts, fused_left
-from bitpress.modifiers.quantization import SchemeGroup, SchemeModifier, names
-from bitpress.subject import Subject, output_head
-from bitpress.targets import LinearName, resolve, specificity
+from bitpress.modifiers.base import LinearModifier, names
+from bitpress.sites import Site, bits_per_weight, disk_module, find_sites, label, misfits, stored_spec
+from bitpress.subject import Subject
 
 # vLLM runs these as one matrix product, so their scheme must be one
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
-
-
-@dataclass(frozen=True)
-class Site:
-    """One linear to compress.
-
-    Attributes:
-        name: its name on disk, without `.weight`.
-        module: its module name.
-        block: index of its block; None for the output head.
-        rows, columns: R out features, C in features.
-        expert: index of its expert, if it is part of one.
-        dtype: in which its scales are stored.
-    """
-
-    name: str
-    module: str
-    block: int | None
-    rows: int
-    columns: int
-    modifier: SchemeModifier
-    group: SchemeGroup
-    expert: int | None
-    dtype: torch.dtype = torch.bfloat16
-
-    @property
-    def key(self) -> str:
-        """Module tensor name of its weight."""
-        return self.module + ".weight"
 
 
 @dataclass(frozen=True)
@@ -84,13 +54,17 @@ class Plan:
     hidden_on: str
 
     @property
+    def quantized(self) -> tuple[Site, ...]:
+        return tuple(s for s in self.sites if s.group is not None)
+
+    @property
     def needs_stats(self) -> bool:
-        return any(s.modifier.needs_stats for s in self.sites)
+        return any(s.needs for s in self.sites)
 
     @property
     def last_block(self) -> int:
         """Index of the last block whose input is needed; the number of blocks means the head's; -1: none."""
-        needed = [s.block for s in self.sites if s.modifier.needs_stats]
+        needed = [s.block for s in self.sites if s.needs]
         if any(b is None for b in needed):
             return len(self.shards) - 1
         return max((b for b in needed if b is not None), default=-1)
@@ -101,7 +75,7 @@ class Plan:
             "sites": [
                 {
                     "name": s.name, "block": s.block, "rows": s.rows, "columns": s.columns,
-                    "method": s.modifier.method, "scheme": label(s.group), "bits_per_weight": bits_per_weight(s),
+                    "method": s.method, "scheme": label(s.group), "bits_per_weight": bits_per_weight(s),
                 }
                 for s in self.sites
             ],
@@ -113,21 +87,6 @@ class Plan:
             "hidden_states_on": self.hidden_on,
             "notes": list(self.notes),
         }  # fmt: skip
-
-
-def label(group: SchemeGroup) -> str:
-    """A scheme in a few words, for tables: `W4A16 g64`, `int3 channel`."""
-    args = group.scheme.weights
-    size = f"g{args.group_size}" if args.group_size else args.strategy
-    kind = "" if args.symmetric or (group.scheme.name or "").endswith("ASYM") else " asym"
-    return f"{group.scheme.name or f'int{args.num_bits}'} {size}{kind}"
-
-
-def bits_per_weight(site: Site) -> float:
-    """Stored bits per weight, scales and zero points counted."""
-    spec = formats.describe(site.group.scheme, site.rows, site.columns, site.dtype)
-    stored = sum(t.itemsize * torch.Size(s).numel() for n, (t, s) in spec.items() if n != "weight_shape")
-    return 8 * stored / (site.rows * site.columns)
 
 
 def make(
@@ -154,16 +113,18 @@ def make(
     Raises:
         PlanError: all faults of the run.
     """
-    linears = _linears(subject)
-    sites, faults, notes = _sites(modifiers, subject, linears)
-    faults += _unknown_experts(subject, modifiers)
-    faults += _misfits(sites, subject)
+    faults = [f"{type(m).__name__}: cannot run in a one-shot stage" for m in modifiers if m.run_type != "oneshot"]
+    compressing = [m for m in modifiers if isinstance(m, LinearModifier)]
+    sites, more, notes = find_sites(compressing, subject)
+    faults += more
+    faults += _unknown_experts(subject, compressing)
+    faults += misfits(sites, subject)
     notes += _client_notes(subject, sites)
     if unknown := subject.layout.unknown:
         notes.append(
             f"{unknown[0]} (and {len(unknown) - 1} more): the model has no place for it; carried over as it is"
         )
-    ignored = _ignored(subject, {s.module for s in sites})
+    ignored = _ignored(subject, {s.module for s in sites if s.group is not None})
     if faults:
         raise PlanError(faults)
     shards = _shards(subject, sites, compressed)
@@ -174,102 +135,11 @@ def make(
     return Plan(tuple(sites), ignored, tuple(notes), shards, output_bytes, **memory)
 
 
-def _linears(subject: Subject) -> list[tuple[str, nn.Linear]]:
-    return [(n, m) for n, m in subject.model.named_modules() if isinstance(m, nn.Linear)]
-
-
-def _disk_module(subject: Subject, module: str) -> str:
-    return subject.layout.disk_of.get(module + ".weight", module + ".weight").removesuffix(".weight")
-
-
-def _sites(
-    modifiers: Sequence[Any], subject: Subject, linears: list[tuple[str, nn.Linear]]
-) -> tuple[list[Site], list[str], list[str]]:
-    inside = subject.blocks.path + "."
-    head = _head_name(subject)
-    back: dict[LinearName, tuple[str, nn.Linear]] = {}
-    for name, module in linears:
-        both = tuple(dict.fromkeys((name, _disk_module(subject, name))))
-        back[LinearName(both, "Linear")] = (name, module)  # a subclass is a Linear to recipes too
-    entries = list(back)
-    claimed: dict[str, Site] = {}
-    faults: list[str] = []
-    notes: list[str] = []
-    outside: dict[str, list[str]] = {}
-    for modifier in modifiers:
-        kind = type(modifier).__name__
-        if not isinstance(modifier, SchemeModifier):
-            faults.append(f"{kind}: cannot run in a one-shot stage")
-            continue
-        notes += [f"{kind}.{n}" for n in modifier.notes()]
-        mine: dict[str, Site] = {}
-        ranks: dict[str, int] = {}
-        groups = modifier.groups()
-        for group in groups:
-            chosen = resolve(entries, group.targets, names(modifier.ignore), kind)
-            faults += chosen.faults
-            # leaving out an output head that is not there is what every recipe does
-            notes += [n for n in chosen.notes if n not in notes and "'lm_head' matches" not in n]
-            for entry in chosen.linears:
-                name, module = back[entry]
-                rank = specificity(entry, group.targets)
-                if rank <= ranks.get(name, -1):
-                    continue  # a name goes before a regular expression, that before a class; else the first group
-                if why := _left_out(name, module, inside, head):
-                    outside.setdefault(why, []).append(name)
-                    continue
-                rest = name.removeprefix(inside)
-                block = int(rest.split(".")[0]) if name.startswith(inside) else None
-                ranks[name] = rank
-                mine[name] = Site(
-                    _disk_module(subject, name), name, block, module.out_features, module.in_features,
-                    modifier, group, _expert_of(subject, name), subject.dtype,
-                )  # fmt: skip
-        used = {site.group.name for site in mine.values()}
-        if mine:
-            faults += [
-                f"{kind}.config_groups.{g.name}: other groups name all of its linears more exactly; drop it"
-                for g in groups
-                if g.name not in used
-            ]
-        twice = {name: type(claimed[name].modifier).__name__ for name in mine if name in claimed}
-        faults += _brief(
-            [f"{n}: claimed by {other} and by {kind}; add it to the ignore list of one" for n, other in twice.items()]
-        )
-        claimed |= mine
-    for why, left in outside.items():
-        more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
-        notes.append(f"{left[0]}{more}: {why}, left as it is")
-    order = {name: i for i, (name, _) in enumerate(linears)}
-    return sorted(claimed.values(), key=lambda s: order[s.module]), faults, notes
-
-
-def _left_out(name: str, module: nn.Linear, inside: str, head: str | None) -> str | None:
-    """Why a linear that a recipe means is not compressed all the same, None if it is."""
-    if not name.startswith(inside) and name != head:
-        return "outside the decoder blocks"
-    if module.out_features == 1:
-        return "a gate with one output, which clients keep in full precision"
-    return None
-
-
-def _head_name(subject: Subject) -> str | None:
-    head = output_head(subject.model)
-    return next((n for n, m in subject.model.named_modules() if m is head and head is not None), None)
-
-
-def _expert_of(subject: Subject, name: str) -> int | None:
-    for path in subject.experts:
-        if name.startswith(path + "."):
-            return int(name.removeprefix(path + ".").split(".")[0])
-    return None
-
-
-def _unknown_experts(subject: Subject, modifiers: Sequence[Any]) -> list[str]:
+def _unknown_experts(subject: Subject, modifiers: Sequence[LinearModifier]) -> list[str]:
     left = list(fused_left(subject.model))
     if not left:
         return []
-    patterns = [p for m in modifiers if isinstance(m, SchemeModifier) for p in names(m.ignore)]
+    patterns = [p for m in modifiers for p in names(m.ignore)]
     if any("expert" in p for p in patterns):
         return []
     return [
@@ -278,45 +148,9 @@ def _unknown_experts(subject: Subject, modifiers: Sequence[Any]) -> list[str]:
     ]
 
 
-def _misfits(sites: Sequence[Site], subject: Subject) -> list[str]:
-    found = []
-    head = _head_name(subject)
-    for site in sites:
-        size = site.group.scheme.weights.group_size
-        if size and site.columns % size:
-            # a size that the next linear refuses is no help
-            alike = [s.columns for s in sites if s.group is site.group]
-            tries = ", ".join(str(n) for n in near_divisors(math.gcd(*alike), size))
-            found.append(
-                f"{site.name}: {site.columns} input columns are not divisible by group_size {size} (try {tries})"
-            )
-        if site.module == head and subject.tied:
-            found.append(f"{site.name}: tied to the input embedding, so it cannot be quantized alone; add it to ignore")
-        elif site.key not in subject.layout.disk_of:
-            found.append(f"{site.name}: has no weight of its own in the checkpoint; add it to ignore")
-    return _brief(found)
-
-
-def _brief(found: list[str]) -> list[str]:
-    """Of linears with the same fault, the first and a count."""
-    kinds: dict[str, list[str]] = {}
-    for fault in found:
-        kinds.setdefault(fault.partition(":")[2], []).append(fault)
-    return [same[0] if len(same) == 1 else f"{same[0]} [and {len(same) - 1} more linears]" for same in kinds.values()]
-
-
-def near_divisors(columns: int, size: int) -> list[int]:
-    """Up to three group sizes near `size` that divide `columns`, preferring powers of two."""
-    fits = [n for n in range(8, min(columns, 1024) + 1) if columns % n == 0]
-    powers = [n for n in fits if n & (n - 1) == 0]
-    best = sorted(powers or fits, key=lambda n: abs(n - size))[:2]
-    best += [n for n in sorted(fits, key=lambda n: abs(n - size)) if n not in best][: 3 - len(best)]
-    return sorted(best) or [columns]
-
-
 def _client_notes(subject: Subject, sites: Sequence[Site]) -> list[str]:
     notes = []
-    groups = {s.group.name: s.group for s in sites}.values()
+    groups = {s.group.name: s.group for s in sites if s.group is not None}.values()
     for group in groups:
         args = group.scheme.weights
         if group.scheme.format == "pack-quantized" and args.strategy == "tensor":
@@ -328,12 +162,16 @@ def _client_notes(subject: Subject, sites: Sequence[Site]) -> list[str]:
             not args.symmetric or group.scheme.format != "pack-quantized"
         ):
             notes.append(f"{label(group)}: transformers loads experts as symmetric packed integers only; use W4A16")
-    odd = {type(m).__name__ for s in sites if type(m := subject.model.get_submodule(s.module)) is not nn.Linear}
+    odd = {
+        type(m).__name__
+        for s in sites
+        if s.group is not None and type(m := subject.model.get_submodule(s.module)) is not nn.Linear
+    }
     if odd:
         notes.append(
             f"{', '.join(sorted(odd))}: transformers decompresses plain Linears only; use bitpress.transformers"
         )
-    by_name = {s.module: str(s.group.scheme) for s in sites}
+    by_name = {s.module: str(s.scheme) for s in sites if s.group is not None}
     split = []
     for parent, _ in subject.model.named_modules():
         for partners in FUSED:
@@ -352,7 +190,7 @@ def _ignored(subject: Subject, chosen: set[str]) -> tuple[str, ...]:
         weight = module._parameters.get("weight")
         if weight is None or weight.dim() != 2 or isinstance(module, nn.Embedding) or name in chosen:
             continue
-        found[_disk_module(subject, name)] = None
+        found[disk_module(subject, name)] = None
         found[name] = None
     for name in subject.layout.unknown:  # of layers that only other clients know, such as for several-token prediction
         if name.endswith(".weight") and len(subject.extra_specs()[name][1]) == 2:
@@ -369,8 +207,7 @@ def _shards(subject: Subject, sites: Sequence[Site], compressed: bool) -> tuple[
             if (site := site_of.get(key)) is None:
                 spec[subject.layout.disk_of[key]] = subject.spec(key)
                 continue
-            describe = formats.describe if compressed else formats.describe_dense
-            parts = describe(site.group.scheme, site.rows, site.columns, subject.dtype)
+            parts = stored_spec(site, compressed=compressed)
             spec |= {f"{site.name}.{suffix}": part for suffix, part in parts.items()}
         shards.append(spec)
     shards[-1] |= subject.extra_specs()

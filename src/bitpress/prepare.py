@@ -56,7 +56,7 @@ def prepare(args: Arguments) -> Prepared:
     made: Plan | None = None
     data: CalibrationData | None = None
     tokenizer = args.tokenizer
-    needs_data = any(m.needs_stats for m in modifiers)
+    needs_data = any(m.needs for m in modifiers)
     try:
         try:
             if output is not None:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from bitpress.checkpoint import Source
     from bitpress.math.grid import QParams
     from bitpress.modifiers.quantization import QuantizationModifier
-    from bitpress.plan import Plan, Site
+    from bitpress.plan import Plan
+    from bitpress.sites import Site
     from bitpress.subject import ModuleSubject
 
 FORMATS = (None, "compressed-tensors", "pack-quantized", "int-quantized", "dense")
@@ -235,8 +236,9 @@ def save_module(
             here = []
             for site, qparams in solved:
                 if site.key in keys:
+                    assert site.scheme is not None
                     weight = subject.stored([site.key])[site.key].float()
-                    codes = quantize(weight, qparams, formats.grid_of(site.group.scheme, subject.dtype))
+                    codes = quantize(weight, qparams, formats.grid_of(site.scheme, subject.dtype))
                     here.append((site, Solved(codes, qparams, (dequantize(codes, qparams).float() - weight).sum())))
             output.write(shard, subject, sorted(keys), here, [], last=prefix is None)
         output.finish(subject, plan, recipe, report, None)
@@ -257,7 +259,8 @@ def load_into(subject: ModuleSubject, plan: Plan, folder: Path) -> nn.Module:
         except KeyError as error:
             raise CheckpointError(f"{folder}: {error} is in no weight file; download or write it again") from None
         subject.assign({site.key: z.dense()})
-        solved.append((site, z.qparams))
+        if z.qparams is not None:
+            solved.append((site, z.qparams))
     report, recipe = folder / "report.json", folder / "recipe.yaml"
     subject.close()
     return attach(

@@ -15,8 +15,9 @@ from bitpress.schemes import PRESETS
 if TYPE_CHECKING:
     from bitpress.evaluate import Evaluation
     from bitpress.inspection import Inspection
-    from bitpress.plan import Plan, Site
+    from bitpress.plan import Plan
     from bitpress.recognise import QuantizedLayer
+    from bitpress.sites import Site
 
 
 def evaluation_table(result: Evaluation) -> Table:
@@ -57,7 +58,7 @@ def inspection_table(inspection: Inspection, limit: int | None = None) -> Render
 
 def plan_table(plan: Plan, limit: int | None) -> RenderableType:
     """What a run would do: sites by kind (or each, if there are no more than `limit`, or it is None), and its cost."""
-    from bitpress.plan import bits_per_weight, label
+    from bitpress.sites import bits_per_weight, label
 
     table = _name_table("linear", "method", "scheme")
     for name in ("linears", "shape", "bits/weight"):
@@ -66,9 +67,7 @@ def plan_table(plan: Plan, limit: int | None) -> RenderableType:
     for site in plan.sites:
         whole = limit is None or len(plan.sites) <= limit
         name = site.name if whole else site.name.rpartition(".")[2]
-        groups.setdefault((name, site.modifier.method, label(site.group), f"{site.rows} x {site.columns}"), []).append(
-            site
-        )
+        groups.setdefault((name, site.method, label(site.group), f"{site.rows} x {site.columns}"), []).append(site)
     for (name, method, scheme, shape), sites in groups.items():
         table.add_row(Text(name), method, scheme, str(len(sites)), shape, f"{bits_per_weight(sites[0]):.3f}")
     cost = Table.grid(padding=(0, 2))

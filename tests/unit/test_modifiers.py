@@ -27,7 +27,7 @@ def group(**weights):
 
 def test_the_shortest_recipe():
     modifier = GPTQModifier(targets="Linear", scheme="W4A16", ignore=["lm_head"])
-    assert modifier.groups() == (SchemeGroup("group_0", preset("W4A16"), ("Linear",), "static", "hessian"),)
+    assert modifier.groups() == (SchemeGroup("group_0", ("Linear",), preset("W4A16"), "static", "hessian"),)
     assert modifier.to_dict() == {"scheme": "W4A16", "ignore": ["lm_head"]}
     assert modifier == GPTQModifier(scheme="W4A16", ignore=["lm_head"])
     assert modifier.faults() == modifier.notes() == []
@@ -36,14 +36,14 @@ def test_the_shortest_recipe():
 
 def test_round_to_nearest():
     modifier = QuantizationModifier(scheme="w8a8", targets=("q_proj", "k_proj"), observer="mse")
-    assert modifier.groups() == (SchemeGroup("group_0", preset("W8A8"), ("q_proj", "k_proj"), None, "mse"),)
+    assert modifier.groups() == (SchemeGroup("group_0", ("q_proj", "k_proj"), preset("W8A8"), None, "mse"),)
     assert modifier.to_dict() == {"scheme": "w8a8", "targets": ["q_proj", "k_proj"], "observer": "mse"}
 
 
-def test_needs_stats():
-    assert GPTQModifier(scheme="W4A16").needs_stats
-    assert not QuantizationModifier(scheme="W4A16").needs_stats
-    assert not QuantizationModifier(scheme="W8A8").needs_stats
+def test_needs():
+    assert GPTQModifier(scheme="W4A16").needs
+    assert not QuantizationModifier(scheme="W4A16").needs
+    assert not QuantizationModifier(scheme="W8A8").needs
 
 
 def test_table_and_docstrings_are_complete():
@@ -85,7 +85,7 @@ def test_exactly_one_of_scheme_and_groups(cls):
         ({"group_size": 0}, "group_size: expected a positive whole number, or -1 for channel, got 0"),
         ({"scheme": "W8A8", "group_size": 64}, "group_size: W8A8 has one scale per channel; drop"),
         ({"targets": [1]}, "targets: expected a name or a list of names, got [1]"),
-        ({"targets": []}, "targets: empty, so nothing would be quantized"),
+        ({"targets": []}, "targets: empty, so nothing would be compressed"),
         ({"targets": "re:("}, "targets: 're:(' is not a regular expression: missing )"),
         ({"ignore": ["re:*"]}, "ignore: 're:*' is not a regular expression: nothing to repeat"),
         ({"ignore": 3}, "ignore: expected a name or a list of names, got 3"),

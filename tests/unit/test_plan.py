@@ -8,13 +8,13 @@ import torch
 from bitpress.budget import gib, parse_bytes
 from bitpress.errors import ConfigError
 from bitpress.modifiers.quantization import SchemeGroup
-from bitpress.plan import Site, bits_per_weight, near_divisors
 from bitpress.schemes import QuantArgs, Scheme, preset
+from bitpress.sites import Site, Step, bits_per_weight, near_divisors
 
 
 def site(scheme, rows=256, columns=512):
-    group = SchemeGroup("group_0", scheme, ("Linear",), None, "minmax")
-    return Site("x", "x", 0, rows, columns, None, group, None)
+    group = SchemeGroup("group_0", ("Linear",), scheme, None, "minmax")
+    return Site("x", "x", 0, rows, columns, (Step(None, group),), None)
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,8 @@ def describe(scheme: Scheme, rows: int, columns: int, dtype: torch.dtype) -> Spe
 
 def pack(solved: Solved, scheme: Scheme) -> dict[str, Tensor]:
     """A solved linear as the tensors of its format, by suffix."""
-    grid = grid_of(scheme, solved.qparams.scale.dtype)
-    tensors: dict[str, Tensor] = FORMATS[scheme.format].pack(solved.codes, solved.qparams, grid)
+    codes, qparams = solved.quantized
+    tensors: dict[str, Tensor] = FORMATS[scheme.format].pack(codes, qparams, grid_of(scheme, qparams.scale.dtype))
     return tensors
 
 
@@ -57,7 +57,8 @@ def dense(solved: Solved, scheme: Scheme) -> dict[str, Tensor]:
 
     Symmetric ones have zero points too, all 0: transformers rounds with random ones where they are missing.
     """
-    scale, zero = solved.qparams.scale, solved.qparams.zero_point
+    _, qparams = solved.quantized
+    scale, zero = qparams.scale, qparams.zero_point
     zero = torch.zeros_like(scale, dtype=torch.int8) if zero is None else zero
     if scheme.weights.strategy == "tensor":
         scale, zero = scale[0].clone(), zero[0].clone()

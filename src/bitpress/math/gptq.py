@@ -44,7 +44,7 @@ def gptq(
     Raises:
         NumericsError: NaN or infinity in the statistics, or a Gram matrix that is not positive definite.
     """
-    gram = stats.gram
+    gram = stats.needed_gram
     diagonal = gram.diagonal().clone()
     if not torch.isfinite(gram).all():
         raise NumericsError("NaN or infinity in the input activations")

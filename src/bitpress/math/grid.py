@@ -72,20 +72,33 @@ class QParams:
 
 @dataclass(frozen=True)
 class Solved:
-    """A solved linear: codes (R, C) int8 with their parameters, and the error that was made.
+    """A solved linear: codes (R, C) with their parameters, or a dense weight, and the error that was made.
 
     Attributes:
+        codes: (R, C) int8; None if the linear is not quantized.
+        qparams: of the codes.
         error: share of the layer's output energy that is lost, tr(dW G dW^T) / tr(W G W^T); without data, of the
             weight's own energy.
+        weight: (R, C) as it is stored, where there are no codes.
     """
 
-    codes: Tensor
-    qparams: QParams
+    codes: Tensor | None
+    qparams: QParams | None
     error: Tensor
+    weight: Tensor | None = None
 
     def dense(self) -> Tensor:
-        """The weight (R, C) that a reader of the checkpoint computes, in the scales' dtype."""
-        return dequantize(self.codes, self.qparams)
+        """The weight (R, C) that a reader of the checkpoint computes, in the dtype of the scales or as stored."""
+        if self.weight is not None:
+            return self.weight
+        codes, qparams = self.quantized
+        return dequantize(codes, qparams)
+
+    @property
+    def quantized(self) -> tuple[Tensor, QParams]:
+        """Codes and their parameters; only for a quantized linear."""
+        assert self.codes is not None and self.qparams is not None
+        return self.codes, self.qparams
 
 
 def find_qparams(weight: Tensor, grid: Grid, importance: Tensor | None = None, search: bool = False) -> QParams:
@@ -194,14 +207,22 @@ def settle(solved: Solved, grid: Grid) -> Solved:
     """
     if grid.symmetric or grid.bits < 8 or grid.scale_dtype != torch.bfloat16:
         return solved
-    return replace(solved, codes=quantize(solved.dense().float(), solved.qparams, grid))
+    return replace(solved, codes=quantize(solved.dense().float(), solved.quantized[1], grid))
+
+
+def relative_error(weight: Tensor, dense: Tensor, gram: Tensor | None) -> Tensor:
+    """Share of energy lost by storing `dense` for `weight` (R, C): of the output, of the weight without a Gram matrix.
+
+    tr(dW G dW^T) / tr(W G W^T), or |dW|^2 / |W|^2.
+    """
+    delta = dense.float() - weight
+    if gram is None:
+        return delta.square().sum() / weight.square().sum().clamp(min=1e-30)
+    with bfloat16_products(True):  # a figure for the report: three digits are enough
+        lost, kept = ((x @ gram).mul_(x).sum() for x in (delta, weight))
+    return lost / kept.clamp(min=1e-30)
 
 
 def solved(weight: Tensor, codes: Tensor, qparams: QParams, gram: Tensor | None) -> Solved:
     """A `Solved` with its error, measured with the Gram matrix (C, C) if there is one."""
-    delta = dequantize(codes, qparams).float() - weight
-    if gram is None:
-        return Solved(codes, qparams, delta.square().sum() / weight.square().sum().clamp(min=1e-30))
-    with bfloat16_products(True):  # a figure for the report: three digits are enough
-        lost, kept = ((x @ gram).mul_(x).sum() for x in (delta, weight))
-    return Solved(codes, qparams, lost / kept.clamp(min=1e-30))
+    return Solved(codes, qparams, relative_error(weight, dequantize(codes, qparams), gram))

@@ -5,7 +5,8 @@ Legend: C in features, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,19 +22,92 @@ CHUNK = 2048  # tokens converted to float32 at a time; the buffer is reused, fre
 
 @dataclass(frozen=True)
 class InputStats:
-    """What one pass over the data leaves of an input `x` of shape (T, C).
+    """What one pass over the data leaves of an input `x` of shape (T, C). What nothing reads is not collected: None.
 
     Attributes:
         gram: `sum_t x_t x_t^T`, (C, C) float32, symmetric.
         tokens: number of tokens T that were summed.
+        sum_abs: `sum_t |x_t|`, (C,) float32.
+        low, high: least and greatest value of each channel, (C,) float32.
     """
 
-    gram: Tensor
+    gram: Tensor | None
     tokens: int
+    sum_abs: Tensor | None = None
+    low: Tensor | None = None
+    high: Tensor | None = None
 
     def merge(self, other: InputStats) -> InputStats:
         """The statistics of both token sets together (batches and ranks combine this way)."""
-        return InputStats(self.gram + other.gram, self.tokens + other.tokens)
+
+        def both(a: Tensor | None, b: Tensor | None, join: Callable[[Tensor, Tensor], Tensor]) -> Tensor | None:
+            return None if a is None or b is None else join(a, b)
+
+        return InputStats(
+            both(self.gram, other.gram, torch.add),
+            self.tokens + other.tokens,
+            both(self.sum_abs, other.sum_abs, torch.add),
+            both(self.low, other.low, torch.minimum),
+            both(self.high, other.high, torch.maximum),
+        )
+
+    def smoothed(self, scale: Tensor) -> InputStats:
+        """The statistics of `x / scale`, for a positive scale (C,): by algebra, without another forward."""
+        return InputStats(
+            None if self.gram is None else self.gram / scale[:, None] / scale,
+            self.tokens,
+            None if self.sum_abs is None else self.sum_abs / scale,
+            None if self.low is None else self.low / scale,
+            None if self.high is None else self.high / scale,
+        )
+
+    @property
+    def needed_gram(self) -> Tensor:
+        """The Gram matrix, for those who have asked for it."""
+        assert self.gram is not None
+        return self.gram
+
+
+class StatsAccumulator:
+    """Sums the statistics of one input over batches.
+
+    Args:
+        channels: C, the number of input features.
+        device: where the sums live.
+        needs: which ones, see `Modifier.needs`: "gram", "mean", "range".
+    """
+
+    def __init__(self, channels: int, device: torch.device, needs: frozenset[str]) -> None:
+        self._gram = GramAccumulator(channels, device) if "gram" in needs else None
+        self._tokens = 0
+        self._sum_abs = torch.zeros(channels, device=device) if "mean" in needs else None
+        self._low = torch.full((channels,), math.inf, device=device) if "range" in needs else None
+        self._high = torch.full((channels,), -math.inf, device=device) if "range" in needs else None
+
+    @staticmethod
+    def nbytes(channels: int, needs: frozenset[str]) -> int:
+        """Bytes held for an input of `channels` features."""
+        return GramAccumulator.nbytes(channels) if "gram" in needs else 16 * channels
+
+    def add(self, x: Tensor) -> None:
+        """Add the tokens of `x` (..., C)."""
+        x = x.reshape(-1, x.shape[-1])
+        self._tokens += x.shape[0]
+        if x.shape[0] == 0:
+            return
+        if self._gram is not None:
+            self._gram.add(x)
+        if self._sum_abs is not None:
+            self._sum_abs += x.abs().sum(0, dtype=torch.float32)
+        if self._low is not None and self._high is not None:
+            low, high = torch.aminmax(x, dim=0)
+            self._low = torch.minimum(self._low, low.float())
+            self._high = torch.maximum(self._high, high.float())
+
+    def finish(self) -> InputStats:
+        """The statistics; the accumulator's memory is handed over and it must not be used again."""
+        gram = None if self._gram is None else self._gram.finish().gram
+        return InputStats(gram, self._tokens, self._sum_abs, self._low, self._high)
 
 
 class GramAccumulator:

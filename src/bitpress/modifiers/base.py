@@ -3,17 +3,57 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs, ErrorDetails
 
 from bitpress.errors import RecipeError, did_you_mean
+from bitpress.targets import pattern_fault
+
+if TYPE_CHECKING:  # recipes are read without torch
+    from torch import Tensor
+
+    from bitpress.math.grid import Grid, Solved
+    from bitpress.math.stats import InputStats
+    from bitpress.modifiers.quantization import SchemeGroup, SchemeModifier
 
 CONFIG = ConfigDict(extra="forbid", strict=True)
+
+
+def plain(value: Any) -> Any:
+    """Dicts, lists and scalars of any settings object, copied; what is no such object stays as it is."""
+    if hasattr(value, "model_dump"):
+        value = value.model_dump(mode="json")
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return {plain(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value
+
+
+def _number(value: Any) -> Any:
+    # YAML 1.1 reads 1e-2 as text.
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _list(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+Float = Annotated[float, BeforeValidator(_number)]
+Names = Annotated[str | list[str], BeforeValidator(_list)]
+Groups = Annotated[dict[str, Any], BeforeValidator(plain)]
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -37,9 +77,9 @@ class Modifier:
         return []
 
     @property
-    def needs_stats(self) -> bool:
-        """Whether it reads statistics of calibration data."""
-        return False
+    def needs(self) -> frozenset[str]:
+        """What it reads of the calibration data: "gram", "mean" (of |x|), "range" (min and max); empty: no data."""
+        return frozenset()
 
     def to_dict(self) -> dict[str, Any]:
         """The keys that differ from their defaults, as plain data for recipe.yaml."""
@@ -88,31 +128,86 @@ class Modifier:
         return problems
 
 
-def plain(value: Any) -> Any:
-    """Dicts, lists and scalars of any settings object, copied; what is no such object stays as it is."""
-    if hasattr(value, "model_dump"):
-        value = value.model_dump(mode="json")
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, Mapping):
-        return {plain(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return value
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """Linears that a modifier means together.
+
+    Args:
+        name: for messages and groups.
+        targets: patterns, see `bitpress.targets`.
+    """
+
+    name: str
+    targets: tuple[str, ...]
 
 
-def _number(value: Any) -> Any:
-    # YAML 1.1 reads 1e-2 as text.
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class LinearModifier(Modifier):
+    """A modifier that compresses linears, each on its own: it prunes or quantizes."""
+
+    method: ClassVar[str] = ""
+
+    targets: Names = "Linear"
+    ignore: Names = dataclasses.field(default_factory=list)
+
+    def claims(self) -> tuple[Claim, ...]:
+        """Its linears, in groups of different settings."""
+        return (Claim(self.method, names(self.targets)),)
+
+    def faults(self) -> list[str]:
+        found = []
+        for key in ("targets", "ignore"):
+            found += [f"{key}: {fault}" for fault in map(pattern_fault, names(getattr(self, key))) if fault]
+        if not self.targets:
+            found.append("targets: empty, so nothing would be compressed")
+        return found
 
 
-def _list(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class SmoothingModifier(Modifier):
+    """A modifier that moves scales between neighbouring modules of a block and leaves the block's output as it is.
+
+    It runs before the stage's modifiers that compress linears.
+    """
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class PruningModifier(LinearModifier):
+    """A modifier that sets weights to zero."""
+
+    def joins(self, following: Modifier) -> bool:
+        """Whether it prunes and quantizes in one go if this modifier follows it on the same linears."""
+        return False
+
+    def prune(self, weights: Sequence[Tensor], stats: InputStats | None, sparsity: float | None) -> list[Tensor]:
+        """Prune linears that read the same input.
+
+        Args:
+            weights: each (R_i, C) float32; not modified.
+            stats: of their common input; None where `needs` is empty.
+            sparsity: the step's share of zeros, None: the modifier's own.
+
+        Returns:
+            The pruned weights, float32.
+        """
+        raise NotImplementedError
+
+    def prune_and_quantize(
+        self,
+        weights: Sequence[Tensor],
+        stats: InputStats | None,
+        sparsity: float | None,
+        quantizer: SchemeModifier,
+        group: SchemeGroup,
+        grid: Grid,
+    ) -> list[Solved]:
+        """The same with rounding in the same sweep; only called if it `joins` the quantizer."""
+        raise NotImplementedError
+
+
+def names(value: str | list[str]) -> tuple[str, ...]:
+    """One name or several, as a tuple."""
+    return (value,) if isinstance(value, str) else tuple(value)
 
 
 def _readable(annotation: str) -> str:
@@ -123,8 +218,3 @@ def _readable(annotation: str) -> str:
         inside, _, rest = annotation.removeprefix("Literal[").partition("]")
         return inside.replace('"', "'") + rest.replace(" | None", " or null")
     return " or ".join(names.get(part, part) for part in annotation.split(" | "))
-
-
-Float = Annotated[float, BeforeValidator(_number)]
-Names = Annotated[str | list[str], BeforeValidator(_list)]
-Groups = Annotated[dict[str, Any], BeforeValidator(plain)]

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator
 from pydantic.dataclasses import dataclass
 
 from bitpress.errors import RecipeError, did_you_mean
-from bitpress.modifiers.base import CONFIG, Float, Groups, Modifier, Names
+from bitpress.modifiers.base import CONFIG, Claim, Float, Groups, LinearModifier, Names, names
 from bitpress.schemes import Scheme, preset, scheme_from_group
 from bitpress.targets import pattern_fault
 
@@ -26,7 +26,7 @@ ACT_ORDERS = ("none", "weight", "static")
 
 
 @dataclasses.dataclass(frozen=True)
-class SchemeGroup:
+class SchemeGroup(Claim):
     """Linears that share a scheme, with what is set for them alone.
 
     Args:
@@ -36,15 +36,13 @@ class SchemeGroup:
         observer: how scales are chosen.
     """
 
-    name: str
     scheme: Scheme
-    targets: tuple[str, ...]
     actorder: ActOrder
     observer: str
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
-class SchemeModifier(Modifier):
+class SchemeModifier(LinearModifier):
     """The keys that all quantizers share; see `QuantizationModifier`."""
 
     essential: ClassVar[frozenset[str]] = frozenset({"scheme", "config_groups"})
@@ -52,23 +50,18 @@ class SchemeModifier(Modifier):
 
     scheme: str | None = None
     config_groups: Groups | None = None
-    targets: Names = "Linear"
-    ignore: Names = dataclasses.field(default_factory=list)
     group_size: int | None = None
     kv_cache_scheme: Groups | None = None
 
-    method: ClassVar[str] = ""
+    def claims(self) -> tuple[Claim, ...]:
+        return self.groups()
 
     def groups(self) -> tuple[SchemeGroup, ...]:
         """The scheme of each group of targets, in the recipe's order."""
         return self._read_groups()[0]
 
     def faults(self) -> list[str]:
-        found = []
-        for key in ("targets", "ignore"):
-            found += [f"{key}: {fault}" for fault in map(pattern_fault, names(getattr(self, key))) if fault]
-        if not self.targets:
-            found.append("targets: empty, so nothing would be quantized")
+        found = super().faults()
         if self.kv_cache_scheme is not None:
             found.append("kv_cache_scheme: not implemented yet; drop it")
         return found + self._read_groups()[1]
@@ -86,7 +79,7 @@ class SchemeModifier(Modifier):
 
         Args:
             weights: each (R_i, C) float32.
-            stats: of their common input, (C, C); None where `needs_stats` is false.
+            stats: of their common input, (C, C); None where `needs` is empty.
             group: scheme and settings.
             grid: the integer grid of the scheme.
         """
@@ -105,7 +98,7 @@ class SchemeModifier(Modifier):
             except RecipeError as error:
                 return (), list(error.problems)
             actorder, observer = self._weights_defaults()
-            return (SchemeGroup("group_0", scheme, names(self.targets), actorder, observer),), []
+            return (SchemeGroup("group_0", names(self.targets), scheme, actorder, observer),), []
         if not self.config_groups:
             return (), ["scheme: missing; give a preset such as 'W4A16', or config_groups"]
         faults = []
@@ -146,7 +139,7 @@ class SchemeModifier(Modifier):
                 faults.append(f"{where}.weights.observer: {observer!r} is unknown.{hint}")
         if scheme is None or faults:
             return None, faults
-        return SchemeGroup(name, scheme, names(targets), actorder, observer), []
+        return SchemeGroup(name, names(targets), scheme, actorder, observer), []
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -240,8 +233,8 @@ class GPTQModifier(SchemeModifier):
     offload_hessians: bool | None = None
 
     @property
-    def needs_stats(self) -> bool:
-        return True
+    def needs(self) -> frozenset[str]:
+        return frozenset({"gram"})
 
     def solve(
         self, weights: Sequence[Tensor], stats: InputStats | None, group: SchemeGroup, grid: Grid
@@ -296,11 +289,6 @@ def target_faults(targets: Any, where: str) -> list[str]:
         return [f"{where}: expected a name or a list of names, got {targets!r}"]
     odd = [f"{where}: expected a name, got {t!r}" for t in names(targets) if not isinstance(t, str)]
     return odd or [f"{where}: {fault}" for fault in map(pattern_fault, names(targets)) if fault]
-
-
-def names(value: str | list[str]) -> tuple[str, ...]:
-    """One name or several, as a tuple."""
-    return (value,) if isinstance(value, str) else tuple(value)
 
 
 def names_of(entry: Any) -> tuple[str, ...]:

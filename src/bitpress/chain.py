@@ -1,0 +1,64 @@
+"""The steps of linears that read the same input, in order. Pure: tensors in, tensors out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bitpress import formats
+from bitpress.math.grid import Solved, relative_error, settle
+from bitpress.math.stats import InputStats
+from bitpress.modifiers.base import PruningModifier
+from bitpress.modifiers.quantization import SchemeGroup, SchemeModifier
+from bitpress.sites import Step
+
+
+def solve(
+    steps: Sequence[Step], weights: Sequence[Tensor], stats: InputStats | None, dtype: torch.dtype
+) -> list[Solved]:
+    """Prune and quantize as the steps say.
+
+    Args:
+        steps: of all the linears alike.
+        weights: each (R_i, C) float32; not modified.
+        stats: of their common input; None where no step needs any.
+        dtype: of stored scales, and of stored weights that are not quantized.
+
+    Returns:
+        One `Solved` a weight, its error relative to the weight that was given.
+    """
+    current, solved, waiting = list(weights), None, list(steps)
+    while waiting:
+        step = waiting.pop(0)
+        modifier = step.modifier
+        if isinstance(modifier, PruningModifier):
+            if waiting and modifier.joins(waiting[0].modifier):
+                quantizer, group = _quantizer(waiting.pop(0))
+                grid = formats.grid_of(group.scheme, dtype)
+                solved = modifier.prune_and_quantize(current, stats, step.sparsity, quantizer, group, grid)
+            else:
+                current = modifier.prune(current, stats, step.sparsity)
+            continue
+        quantizer, group = _quantizer(step)
+        solved = quantizer.solve(current, stats, group, formats.grid_of(group.scheme, dtype))
+    group_of_all = next((s.claim for s in steps if isinstance(s.claim, SchemeGroup)), None)
+    if solved is None or group_of_all is None:
+        stored = [w.to(dtype) for w in current]
+        solved = [Solved(None, None, torch.empty(()), weight=w) for w in stored]
+    else:
+        grid = formats.grid_of(group_of_all.scheme, dtype)
+        solved = [settle(z, grid) for z in solved]
+    if len(steps) == 1 and group_of_all is not None:
+        return solved
+    gram = None if stats is None else stats.gram
+    return [
+        Solved(z.codes, z.qparams, relative_error(w, z.dense(), gram), z.weight)
+        for w, z in zip(weights, solved, strict=True)
+    ]
+
+
+def _quantizer(step: Step) -> tuple[SchemeModifier, SchemeGroup]:
+    assert isinstance(step.modifier, SchemeModifier) and isinstance(step.claim, SchemeGroup)
+    return step.modifier, step.claim

@@ -1,0 +1,249 @@
+"""Which linears of a model a stage compresses, and how: each is a site with its chain of steps.
+
+A stage's modifiers run in order on every linear that they target: one that prunes, then one that quantizes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitpress import formats
+from bitpress.modifiers.base import Claim, LinearModifier, names
+from bitpress.modifiers.quantization import SchemeGroup, SchemeModifier
+from bitpress.schemes import Scheme
+from bitpress.subject import Subject, output_head
+from bitpress.targets import LinearName, resolve, specificity
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one modifier does to one linear.
+
+    Attributes:
+        claim: the group of the modifier's targets that it belongs to; a `SchemeGroup` where it is quantized.
+        sparsity: share of its weights to prune, where the modifier prunes.
+    """
+
+    modifier: LinearModifier
+    claim: Claim
+    sparsity: float | None = None
+
+
+@dataclass(frozen=True)
+class Site:
+    """One linear to compress.
+
+    Attributes:
+        name: its name on disk, without `.weight`.
+        module: its module name.
+        block: index of its block; None for the output head.
+        rows, columns: R out features, C in features.
+        steps: what is done to it, in order.
+        expert: index of its expert, if it is part of one.
+        dtype: in which its scales are stored.
+    """
+
+    name: str
+    module: str
+    block: int | None
+    rows: int
+    columns: int
+    steps: tuple[Step, ...]
+    expert: int | None
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def key(self) -> str:
+        """Module tensor name of its weight."""
+        return self.module + ".weight"
+
+    @property
+    def group(self) -> SchemeGroup | None:
+        """Scheme and settings, None if it is not quantized."""
+        return next((s.claim for s in self.steps if isinstance(s.claim, SchemeGroup)), None)
+
+    @property
+    def scheme(self) -> Scheme | None:
+        return None if self.group is None else self.group.scheme
+
+    @property
+    def method(self) -> str:
+        return "+".join(s.modifier.method for s in self.steps)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Statistics of its input that its steps read, see `Modifier.needs`."""
+        return frozenset().union(*(s.modifier.needs for s in self.steps))
+
+
+def label(group: SchemeGroup | None) -> str:
+    """A scheme in a few words, for tables: `W4A16 g64`, `int3 channel`; `dense` if there is none."""
+    if group is None:
+        return "dense"
+    args = group.scheme.weights
+    size = f"g{args.group_size}" if args.group_size else args.strategy
+    kind = "" if args.symmetric or (group.scheme.name or "").endswith("ASYM") else " asym"
+    return f"{group.scheme.name or f'int{args.num_bits}'} {size}{kind}"
+
+
+def bits_per_weight(site: Site) -> float:
+    """Stored bits per weight, scales and zero points counted."""
+    spec = stored_spec(site, compressed=True)
+    stored = sum(t.itemsize * torch.Size(s).numel() for n, (t, s) in spec.items() if n != "weight_shape")
+    return 8 * stored / (site.rows * site.columns)
+
+
+def stored_spec(site: Site, *, compressed: bool) -> formats.Spec:
+    """Tensors that a site is stored as: suffix -> (dtype, shape)."""
+    if site.scheme is None:
+        return {"weight": (site.dtype, (site.rows, site.columns))}
+    describe = formats.describe if compressed else formats.describe_dense
+    return describe(site.scheme, site.rows, site.columns, site.dtype)
+
+
+def linears_of(subject: Subject) -> list[tuple[str, nn.Linear]]:
+    """All Linears of the model, by module name."""
+    return [(n, m) for n, m in subject.model.named_modules() if isinstance(m, nn.Linear)]
+
+
+def disk_module(subject: Subject, module: str) -> str:
+    """A module's name on disk."""
+    return subject.layout.disk_of.get(module + ".weight", module + ".weight").removesuffix(".weight")
+
+
+def find_sites(modifiers: Sequence[Any], subject: Subject) -> tuple[list[Site], list[str], list[str]]:
+    """The sites of modifiers that compress linears, in the model's order; faults and notes."""
+    linears = linears_of(subject)
+    inside = subject.blocks.path + "."
+    head = head_name(subject)
+    back: dict[LinearName, tuple[str, nn.Linear]] = {}
+    for name, module in linears:
+        both = tuple(dict.fromkeys((name, disk_module(subject, name))))
+        back[LinearName(both, "Linear")] = (name, module)  # a subclass is a Linear to recipes too
+    entries = list(back)
+    claimed: dict[str, Site] = {}
+    faults: list[str] = []
+    notes: list[str] = []
+    clashes: list[str] = []
+    outside: dict[str, list[str]] = {}
+    for modifier in modifiers:
+        kind = type(modifier).__name__
+        notes += [f"{kind}.{n}" for n in modifier.notes()]
+        mine: dict[str, Site] = {}
+        ranks: dict[str, int] = {}
+        groups = modifier.claims()
+        for group in groups:
+            chosen = resolve(entries, group.targets, names(modifier.ignore), kind)
+            faults += chosen.faults
+            # leaving out an output head that is not there is what every recipe does
+            notes += [n for n in chosen.notes if n not in notes and "'lm_head' matches" not in n]
+            for entry in chosen.linears:
+                name, module = back[entry]
+                rank = specificity(entry, group.targets)
+                if rank <= ranks.get(name, -1):
+                    continue  # a name goes before a regular expression, that before a class; else the first group
+                if why := _left_out(name, module, inside, head):
+                    outside.setdefault(why, []).append(name)
+                    continue
+                rest = name.removeprefix(inside)
+                block = int(rest.split(".")[0]) if name.startswith(inside) else None
+                ranks[name] = rank
+                mine[name] = Site(
+                    disk_module(subject, name), name, block, module.out_features, module.in_features,
+                    (Step(modifier, group),), _expert_of(subject, name), subject.dtype,
+                )  # fmt: skip
+        used = {site.steps[0].claim.name for site in mine.values()}
+        if mine:
+            faults += [
+                f"{kind}.config_groups.{g.name}: other groups name all of its linears more exactly; drop it"
+                for g in groups
+                if g.name not in used
+            ]
+        for name, site in mine.items():
+            if (before := claimed.get(name)) is None:
+                claimed[name] = site
+            elif why := _clash(before, modifier):
+                clashes.append(f"{name}: {why}")
+            else:
+                claimed[name] = replace(before, steps=before.steps + site.steps)
+    faults += brief(clashes)
+    for why, left in outside.items():
+        more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
+        notes.append(f"{left[0]}{more}: {why}, left as it is")
+    order = {name: i for i, (name, _) in enumerate(linears)}
+    return sorted(claimed.values(), key=lambda s: order[s.module]), faults, notes
+
+
+def _left_out(name: str, module: nn.Linear, inside: str, head: str | None) -> str | None:
+    """Why a linear that a recipe means is not compressed all the same, None if it is."""
+    if not name.startswith(inside) and name != head:
+        return "outside the decoder blocks"
+    if module.out_features == 1:
+        return "a gate with one output, which clients keep in full precision"
+    return None
+
+
+def head_name(subject: Subject) -> str | None:
+    """Module name of the output head."""
+    head = output_head(subject.model)
+    return next((n for n, m in subject.model.named_modules() if m is head and head is not None), None)
+
+
+def _expert_of(subject: Subject, name: str) -> int | None:
+    for path in subject.experts:
+        if name.startswith(path + "."):
+            return int(name.removeprefix(path + ".").split(".")[0])
+    return None
+
+
+def _clash(site: Site, modifier: LinearModifier) -> str | None:
+    """Why a modifier cannot follow what is done to a site already, None if it can."""
+    kind, others = type(modifier).__name__, [type(s.modifier).__name__ for s in site.steps]
+    if isinstance(modifier, SchemeModifier) != (site.group is not None):
+        if site.group is None:
+            return None
+        return f"{others[-1]} quantizes it before {kind} prunes it; put {kind} first"
+    return f"claimed by {others[-1]} and by {kind}; add it to the ignore list of one"
+
+
+def misfits(sites: Sequence[Site], subject: Subject) -> list[str]:
+    """Sites whose shape does not fit their scheme, or whose weight cannot be compressed alone."""
+    found = []
+    head = head_name(subject)
+    for site in sites:
+        size = None if site.scheme is None else site.scheme.weights.group_size
+        if size and site.columns % size:
+            # a size that the next linear refuses is no help
+            alike = [s.columns for s in sites if s.group is site.group]
+            tries = ", ".join(str(n) for n in near_divisors(math.gcd(*alike), size))
+            found.append(
+                f"{site.name}: {site.columns} input columns are not divisible by group_size {size} (try {tries})"
+            )
+        if site.module == head and subject.tied:
+            found.append(f"{site.name}: tied to the input embedding, so it cannot be quantized alone; add it to ignore")
+        elif site.key not in subject.layout.disk_of:
+            found.append(f"{site.name}: has no weight of its own in the checkpoint; add it to ignore")
+    return brief(found)
+
+
+def brief(found: list[str]) -> list[str]:
+    """Of linears with the same fault, the first and a count."""
+    kinds: dict[str, list[str]] = {}
+    for fault in found:
+        kinds.setdefault(fault.partition(":")[2], []).append(fault)
+    return [same[0] if len(same) == 1 else f"{same[0]} [and {len(same) - 1} more linears]" for same in kinds.values()]
+
+
+def near_divisors(columns: int, size: int) -> list[int]:
+    """Up to three group sizes near `size` that divide `columns`, preferring powers of two."""
+    fits = [n for n in range(8, min(columns, 1024) + 1) if columns % n == 0]
+    powers = [n for n in fits if n & (n - 1) == 0]
+    best = sorted(powers or fits, key=lambda n: abs(n - size))[:2]
+    best += [n for n in sorted(fits, key=lambda n: abs(n - size)) if n not in best][: 3 - len(best)]
+    return sorted(best) or [columns]
