@@ -6,7 +6,9 @@ import torch
 from bitpress.errors import NumericsError
 from bitpress.math.gptq import gptq
 from bitpress.math.grid import Grid, find_qparams, quantize
+from bitpress.math.masks import Structure, holds, keep_best
 from bitpress.math.rtn import round_to_nearest
+from bitpress.math.sparsegpt import sparsegpt
 from bitpress.math.stats import InputStats
 
 STRATEGIES = ["tensor", "channel", "group"]
@@ -215,3 +217,34 @@ def test_a_gram_matrix_that_is_none():
     gram[0, 1] = gram[1, 0] = 2
     with pytest.raises(NumericsError, match="not positive definite"):
         gptq([normal(4, 40)], InputStats(gram, 1), grid_for("group"))
+
+
+@pytest.mark.parametrize("order", [True, False])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("structure", [Structure(2, 4), None], ids=str)
+def test_pruned_weights_stay_pruned(structure, strategy, symmetric, order):
+    weights, stats = [normal(12, 100), normal(8, 100, seed=5)], correlated(100)
+    pruned = sparsegpt(weights, stats, 0.5, structure)
+    grid = grid_for(strategy, 4, symmetric)
+    for weight, kept, result in zip(weights, pruned, gptq(pruned, stats, grid, order=order), strict=True):
+        dense = result.dense()
+        assert not dense[kept == 0].any()
+        assert structure is None or holds(dense, structure)
+        nearest = round_to_nearest(kept, grid)
+        assert quadratic(kept, dense, stats.gram) < 0.6 * quadratic(kept, nearest.dense(), stats.gram)
+        assert quadratic(weight, dense, stats.gram) < quadratic(weight, nearest.dense(), stats.gram)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_dense_neighbour_and_incidental_zeros_change_nothing(symmetric):
+    dense, stats = normal(16, 100), correlated(100)
+    dense.view(-1)[torch.randperm(1600, generator=torch.Generator().manual_seed(0))[:40]] = 0
+    pruned = normal(8, 100, seed=5)
+    pruned *= keep_best(pruned.abs(), 0.5, None)
+    grid = grid_for("group", 4, symmetric)
+    (alone,) = gptq([dense], stats, grid)
+    beside, other = gptq([dense, pruned], stats, grid)
+    assert int((alone.codes != beside.codes).any(1).sum()) <= 1
+    assert bool(alone.dense()[dense == 0].any()), "a dense layer's zeros are free"
+    assert not other.dense()[pruned == 0].any()

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from bitpress.errors import NumericsError
-from bitpress.math.grid import Grid, QParams, find_qparams, quantize
-from bitpress.math.sweep import LEAF, inverse_factor, sweep
+from bitpress.math.grid import Grid, QParams, dequantize, find_qparams, quantize
+from bitpress.math.sweep import LEAF, by_columns, inverse_factor, sweep, walk
 
 
 def positive(size, seed=0):
@@ -102,3 +102,51 @@ def test_block_size_does_not_matter(columns, block_size):
     # a code that rounding noise tips over changes the rest of its row
     assert int((one != other).any(1).sum()) <= 1
     assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("unit", [1, 4, 6, 32])
+@pytest.mark.parametrize("block_size", [1, 5, 24, 64, 200])
+def test_columns_of_a_unit_are_up_to_date_together(unit, block_size):
+    columns = 96
+    weight = torch.randn(3, columns, generator=torch.Generator().manual_seed(2)).double()
+    factor = torch.randn(columns, columns, generator=torch.Generator().manual_seed(3)).double().triu() * 0.1
+    expected = weight.T.clone()
+    errors = torch.zeros(columns, 3, dtype=torch.float64)
+    work = by_columns(weight.float())
+    visited = []
+
+    def project(j, error):
+        if j % unit == 0:
+            seen = torch.stack([weight.T[k] - factor[:j, k] @ errors[:j] for k in range(j, j + unit)])
+            torch.testing.assert_close(work[j : j + unit].double(), seen, rtol=1e-4, atol=1e-4)
+        errors[j] = (weight.T[j] - factor[:j, j] @ errors[:j]).round()
+        error.copy_(errors[j])
+        visited.append(j)
+
+    walk(work, factor.float(), project, block_size, unit)
+    assert visited == list(range(columns))
+    expected -= factor.triu(1).T @ errors
+    torch.testing.assert_close(work.double(), expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_masked_weights_are_zero_and_compensated(symmetric):
+    weight = torch.randn(6, 48, generator=torch.Generator().manual_seed(0)) + 0.3
+    keep = torch.rand(6, 48, generator=torch.Generator().manual_seed(1)) < 0.5
+    grid = Grid(4, symmetric, 16, False, torch.float32)
+    found, groups = find_qparams(weight, grid), torch.arange(48) // 16
+    factor = inverse_factor(positive(48))
+    codes = sweep(weight, factor, found, groups, grid, 8, keep)
+    dense = dequantize(codes, found)
+    assert not dense[~keep].any() and bool(dense[keep].any())
+    # column by column in float64
+    work, U = weight.double().clone(), factor.double()
+    for j in range(48):
+        scale = found.scale[:, j // 16].double()
+        zero = 0.0 if symmetric else found.zero_point[:, j // 16].double()
+        code = ((work[:, j] / scale + zero).round().clamp(grid.qmin, grid.qmax) - zero) * keep[:, j]
+        work[:, j:] -= ((work[:, j] - code * scale) / U[j, j])[:, None] * U[j, j:]
+        assert int((dense[:, j].double() - code * scale).abs().gt(1e-5).sum()) <= 1, j
+    every = torch.ones(6, 48, dtype=torch.bool)
+    plain = sweep(weight, factor, found, groups, grid, 8)
+    assert torch.equal(sweep(weight, factor, found, groups, grid, 8, every), plain)

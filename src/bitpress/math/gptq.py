@@ -2,6 +2,7 @@
 
 Differences to the paper: all scales are fixed before the sweep, and may be searched with the Gram matrix's diagonal
 as weights; columns may be taken in order of falling Gram diagonal while groups stay as they lie (static order).
+A pruned weight stays exactly zero (what counts as pruned: `bitpress.math.masks.pruned`).
 """
 
 from __future__ import annotations
@@ -12,9 +13,13 @@ import torch
 from torch import Tensor
 
 from bitpress.errors import NumericsError
+from bitpress.math.descent import descend
 from bitpress.math.grid import Grid, QParams, Solved, find_qparams, solved
+from bitpress.math.masks import pruned
 from bitpress.math.stats import InputStats
 from bitpress.math.sweep import inverse_factor, sweep
+
+PASSES = 3  # of coordinate descent where weights are pruned; seven more took off another hundredth of the error
 
 
 def gptq(
@@ -64,10 +69,29 @@ def gptq(
     damping = dampening_frac * diagonal.mean()
     hessian = gram[perm][:, perm] if order else gram.clone()
     hessian.diagonal().add_(damping).add_((diagonal[perm] == 0).float())
-    codes = sweep(stacked[:, perm], inverse_factor(hessian), both, groups, grid, block_size)
+    target = stacked[:, perm]
+    masks = [pruned(w) for w in weights]
+    keep = _stacked(masks, weights)
+    keep = None if keep is None else keep[:, perm]
+    codes = sweep(target, inverse_factor(hessian), both, groups, grid, block_size, keep)
+    if keep is not None:
+        some = torch.cat([torch.full((len(w),), m is not None) for w, m in zip(weights, masks, strict=True)])
+        some = some.to(codes.device)
+        found = QParams(scale[some], both.zero_point[some] if both.zero_point is not None else None)
+        codes[some] = descend(
+            target[some], codes[some], hessian, found, groups, grid, block_size, passes=PASSES, keep=keep[some]
+        )
     in_place = torch.empty_like(codes)
     in_place[:, perm] = codes
     return [
         solved(w, part.contiguous(), q, gram)
         for w, part, q in zip(weights, torch.split(in_place, rows), qparams, strict=True)
     ]
+
+
+def _stacked(masks: Sequence[Tensor | None], weights: Sequence[Tensor]) -> Tensor | None:
+    """The masks of all weights together, None if all are dense."""
+    if all(mask is None for mask in masks):
+        return None
+    whole = [torch.ones_like(w, dtype=torch.bool) if m is None else m for w, m in zip(weights, masks, strict=True)]
+    return torch.cat(whole)

@@ -1,4 +1,7 @@
-"""The column sweep: quantize a column, push its error into the columns that are still free.
+"""The column sweep: project a column, push its error into the columns that are still free.
+
+What a projection does is its own: it rounds, or prunes, or both. The same walk over the columns with the Hessian in
+place of the factor is coordinate descent: see `bitpress.math.descent`.
 
 Legend: R out features, C in features, G groups. H = Gram + damping, U the upper factor of its inverse,
 inv(H) = U^T U.
@@ -6,6 +9,7 @@ inv(H) = U^T U.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +43,15 @@ def inverse_factor(hessian: Tensor) -> Tensor:
     return factor
 
 
-def sweep(weight: Tensor, factor: Tensor, qparams: QParams, groups: Tensor, grid: Grid, block_size: int) -> Tensor:
+def sweep(
+    weight: Tensor,
+    factor: Tensor,
+    qparams: QParams,
+    groups: Tensor,
+    grid: Grid,
+    block_size: int,
+    keep: Tensor | None = None,
+) -> Tensor:
     """Quantize the columns in order, compensating each one's error in the later ones (GPTQ, arXiv 2210.17323).
 
     All scales are fixed before, so the result does not depend on `block_size` but for rounding.
@@ -49,71 +61,131 @@ def sweep(weight: Tensor, factor: Tensor, qparams: QParams, groups: Tensor, grid
         factor: U (C, C) of the same order.
         qparams: scale and zero point (R, G).
         groups: (C,) int64, the group of each column.
-        grid: the integer grid.
+        grid: the target grid.
         block_size: columns between two updates of all the later columns.
+        keep: (R, C) bool; the other weights become exactly zero, and what that costs is compensated too.
 
     Returns:
-        codes (R, C) int8, columns in the order given.
+        codes (R, C), columns in the order given.
     """
-    R, C = weight.shape
-    block_size = min(block_size, C)
-    state = _State(
-        work=weight.T.clone(memory_format=torch.contiguous_format),  # a single row is contiguous already
-        factor=factor,
-        pivots=factor.diagonal().tolist() if factor.device.type == "cpu" else list(factor.diagonal()),
-        scale=qparams.scale.T.float().contiguous(),
-        zero=None if qparams.zero_point is None else qparams.zero_point.T.float().contiguous(),
-        groups=groups.tolist(),
-        grid=grid,
-        codes=torch.empty(C, R, dtype=torch.int8, device=weight.device),
-        errors=torch.empty(block_size, R, device=weight.device),
-    )
-    for base in range(0, C, block_size):
-        end = min(base + block_size, C)
-        _solve(state, base, end, base)
-        if end < C:
-            state.work[end:].addmm_(factor[base:end, end:].T, state.errors[: end - base], alpha=-1)
-    return state.codes.T.contiguous()
+    rounding = Rounding.of(qparams, groups, grid, keep)
+    work = by_columns(weight)
+    codes = torch.empty(work.shape, dtype=torch.int8, device=weight.device)
+    pivots = pivots_of(factor)
+    q = torch.empty_like(work[0])
+
+    def project(j: int, error: Tensor) -> None:
+        w = work[j]
+        rounding.project(j, w, codes[j], q)
+        torch.div(torch.sub(w, q, out=q), pivots[j], out=error)
+
+    walk(work, factor, project, block_size)
+    return codes.T.contiguous()
 
 
-@dataclass
-class _State:
-    """What a sweep works on, transposed: a column of the weight is a contiguous row here."""
+@dataclass(frozen=True)
+class Rounding:
+    """Projects a column onto its grid, and onto zero where the weight is pruned.
 
-    work: Tensor  # (C, R)
-    factor: Tensor  # (C, C)
-    pivots: list[float] | list[Tensor]
+    Everything is transposed: a column of the weight is a contiguous row here.
+    """
+
     scale: Tensor  # (G, R)
     zero: Tensor | None
     groups: list[int]
     grid: Grid
-    codes: Tensor  # (C, R)
+    keep: Tensor | None  # (C, R) float32, 0 or 1
+
+    @classmethod
+    def of(cls, qparams: QParams, groups: Tensor, grid: Grid, keep: Tensor | None) -> Rounding:
+        """From tensors as solvers have them: (R, G), (C,), (R, C)."""
+        return cls(
+            scale=qparams.scale.T.float().contiguous(),
+            zero=None if qparams.zero_point is None else qparams.zero_point.T.float().contiguous(),
+            groups=groups.tolist(),
+            grid=grid,
+            keep=None if keep is None else keep.T.float().contiguous(),
+        )
+
+    def project(self, j: int, w: Tensor, codes: Tensor, q: Tensor) -> None:
+        """Writes the codes of column `j`, whose weights are `w` (R,), and what they mean into `q` (R,)."""
+        s = self.scale[self.groups[j]]
+        torch.div(w, s, out=q)
+        if self.keep is not None:
+            q.mul_(self.keep[j])  # zero is on every grid, and at a zero point that is its code
+        if self.zero is None:
+            codes.copy_(self.grid.nearest_(q))
+        else:
+            z = self.zero[self.groups[j]]
+            codes.copy_(self.grid.nearest_(q.add_(z)))
+            q.sub_(z)
+        q.mul_(s)
+
+    def read(self, j: int, codes: Tensor, q: Tensor) -> None:
+        """Writes what the codes of column `j` mean into `q` (R,)."""
+        q.copy_(codes)
+        if self.zero is not None:
+            q.sub_(self.zero[self.groups[j]])
+        q.mul_(self.scale[self.groups[j]])
+
+
+Project = Callable[[int, Tensor], None]
+
+
+def walk(work: Tensor, factor: Tensor, project: Project, block_size: int, unit: int = 1) -> None:
+    """Visit the columns in order; what each one leaves behind is taken from all later columns.
+
+    Args:
+        work: (C, R), changed in place: after column j, `work[k] -= factor[j, k] * error` for all k > j.
+        factor: (C, C), its upper triangle.
+        project: called with j and where to leave the error (R,) of column j. It may read `work[j]`, and
+            `work[j : j + unit]` where j is a multiple of `unit`: these columns have all updates so far.
+        block_size: columns between two updates of all the later columns; rounded up to whole units.
+        unit: columns that are updated together.
+    """
+    C, R = work.shape
+    block_size = min(-(-block_size // unit) * unit, C)
+    errors = torch.empty(block_size, R, device=work.device)
+    state = _Walk(work, factor, project, errors, -(-LEAF // unit) * unit, unit)
+    for base in range(0, C, block_size):
+        end = min(base + block_size, C)
+        _visit(state, base, end, base)
+        if end < C:
+            work[end:].addmm_(factor[base:end, end:].T, errors[: end - base], alpha=-1)
+
+
+@dataclass(frozen=True)
+class _Walk:
+    work: Tensor  # (C, R)
+    factor: Tensor  # (C, C)
+    project: Project
     errors: Tensor  # (block_size, R), of the block at work
+    leaf: int
+    unit: int
 
 
-def _solve(state: _State, lo: int, hi: int, base: int) -> None:
+def _visit(state: _Walk, lo: int, hi: int, base: int) -> None:
     """Columns lo to hi of the block that starts at `base`: halves, so that most updates are matrix products."""
     work, factor, errors = state.work, state.factor, state.errors
-    if hi - lo > LEAF:
-        mid = (lo + hi) // 2
-        _solve(state, lo, mid, base)
+    if hi - lo > state.leaf:
+        mid = lo + -(-(hi - lo) // (2 * state.unit)) * state.unit
+        _visit(state, lo, mid, base)
         work[mid:hi].addmm_(factor[lo:mid, mid:hi].T, errors[lo - base : mid - base], alpha=-1)
-        _solve(state, mid, hi, base)
+        _visit(state, mid, hi, base)
         return
     for j in range(lo, hi):
-        _column(state, j, errors[j - base])
+        error = errors[j - base]
+        state.project(j, error)
         if j + 1 < hi:
-            work[j + 1 : hi].addr_(factor[j, j + 1 : hi], errors[j - base], alpha=-1)
+            work[j + 1 : hi].addr_(factor[j, j + 1 : hi], error, alpha=-1)
 
 
-def _column(state: _State, j: int, error: Tensor) -> None:
-    """Quantize one column; leaves its error over the pivot in `error` (R,)."""
-    w, s, grid = state.work[j], state.scale[state.groups[j]], state.grid
-    q = w / s
-    if state.zero is None:
-        state.codes[j] = grid.nearest_(q)
-    else:
-        z = state.zero[state.groups[j]]
-        state.codes[j] = grid.nearest_(q.add_(z))
-        q.sub_(z)
-    torch.div(torch.sub(w, q.mul_(s), out=q), state.pivots[j], out=error)
+def by_columns(weight: Tensor) -> Tensor:
+    """A copy of (R, C) as (C, R): columns are contiguous and may be changed."""
+    return weight.T.clone(memory_format=torch.contiguous_format)  # a single row is contiguous already
+
+
+def pivots_of(factor: Tensor) -> list[float] | list[Tensor]:
+    """The factor's diagonal, one scalar a column; on a GPU they stay there."""
+    diagonal = factor.diagonal()
+    return diagonal.tolist() if diagonal.device.type == "cpu" else list(diagonal)

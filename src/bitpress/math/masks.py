@@ -1,0 +1,105 @@
+"""Masks of pruned weights: chosen by score, checked, recognised.
+
+Legend: R out features, C in features. A mask is a bool tensor (R, C), true where the weight is kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+PRUNED_SHARE = 0.05  # of exact zeros, from which on an unstructured layer counts as pruned
+KNOWN_SIZES = (4, 8, 16, 32)  # group sizes in which a half-empty pattern is looked for
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Of every `size` adjacent columns of a row, at least `pruned` are zero."""
+
+    pruned: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.pruned}:{self.size}"
+
+    @property
+    def sparsity(self) -> float:
+        return self.pruned / self.size
+
+
+def keep_best(
+    scores: Tensor, sparsity: float, structure: Structure | None, within: Literal["layer", "row"] = "layer"
+) -> Tensor:
+    """The mask that keeps the weights of the highest scores.
+
+    Ties are broken by position, so a mask is the same every time and its number of zeros is exact.
+
+    Args:
+        scores: (R, C), not negative; -1 marks weights that go first.
+        sparsity: share of zeros, if there is no structure: round(sparsity * weights) of the layer or of each row.
+        structure: exactly so many zeros in each group of columns.
+        within: which weights compete, if there is no structure.
+    """
+    R, C = scores.shape
+    if structure is not None:
+        return keep_in_groups(scores, structure)
+    if within == "row":
+        order = torch.argsort(scores, dim=1, stable=True)
+        keep = torch.ones(R, C, dtype=torch.bool, device=scores.device)
+        return keep.scatter_(1, order[:, : round(sparsity * C)], False)
+    return keep_largest(scores, R * C - round(sparsity * R * C))
+
+
+def keep_in_groups(scores: Tensor, structure: Structure) -> Tensor:
+    """The mask that prunes the lowest scores of every group of columns; see `keep_best`."""
+    R, C = scores.shape
+    grouped = scores.reshape(R, C // structure.size, structure.size)
+    lowest = torch.argsort(grouped, dim=-1, stable=True)[..., : structure.pruned]
+    keep = torch.ones_like(grouped, dtype=torch.bool)
+    return keep.scatter_(-1, lowest, False).reshape(R, C)
+
+
+def keep_largest(scores: Tensor, count: int) -> Tensor:
+    """The mask of the `count` highest scores of a matrix."""
+    flat = scores.reshape(-1)
+    pruned = flat.numel() - count
+    if pruned <= 0:
+        return torch.ones_like(scores, dtype=torch.bool)
+    border = torch.kthvalue(flat, pruned).values
+    lower, equal = flat < border, flat == border
+    # of those at the border, the first ones go
+    equal &= torch.cumsum(equal, 0) <= pruned - lower.sum()
+    return ~(lower | equal).reshape(scores.shape)
+
+
+def holds(weight: Tensor, structure: Structure) -> bool:
+    """Whether every group of columns of a weight (R, C) has as many zeros as the structure asks."""
+    R, C = weight.shape
+    if C % structure.size:
+        return False
+    zeros = (weight == 0).reshape(R, C // structure.size, structure.size).sum(-1)
+    return bool((zeros >= structure.pruned).all())
+
+
+def find_structure(weight: Tensor) -> Structure | None:
+    """The tightest pattern that holds: "3:4" before "2:4" before "4:8" and so on to "16:32"; None if there is none."""
+    if not bool((weight == 0).any()):
+        return None
+    for structure in (Structure(3, 4), *(Structure(size // 2, size) for size in KNOWN_SIZES)):
+        if holds(weight, structure):
+            return structure
+    return None
+
+
+def pruned(weight: Tensor) -> Tensor | None:
+    """The mask of a pruned weight (R, C), None if it is dense.
+
+    A layer counts as pruned if at least `PRUNED_SHARE` of its weights are exactly zero; every N:M pattern with half
+    of the weights pruned has more. A dense layer in bfloat16 has one zero in some thousands: those are no mask, they
+    may become what they like.
+    """
+    keep = weight != 0
+    return None if float(keep.float().mean()) > 1 - PRUNED_SHARE else keep
