@@ -49,11 +49,11 @@ def sweep(weight: Tensor, factor: Tensor, qparams: QParams, groups: Tensor, grid
         factor: U (C, C) of the same order.
         qparams: scale and zero point (R, G).
         groups: (C,) int64, the group of each column.
-        grid: the integer grid.
+        grid: what to round to.
         block_size: columns between two updates of all the later columns.
 
     Returns:
-        codes (R, C) int8, columns in the order given.
+        codes (R, C), columns in the order given.
     """
     R, C = weight.shape
     block_size = min(block_size, C)
@@ -65,7 +65,7 @@ def sweep(weight: Tensor, factor: Tensor, qparams: QParams, groups: Tensor, grid
         zero=None if qparams.zero_point is None else qparams.zero_point.T.float().contiguous(),
         groups=groups.tolist(),
         grid=grid,
-        codes=torch.empty(C, R, dtype=torch.int8, device=weight.device),
+        codes=torch.empty(C, R, dtype=grid.code_dtype, device=weight.device),
         errors=torch.empty(block_size, R, device=weight.device),
     )
     for base in range(0, C, block_size):
