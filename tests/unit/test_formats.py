@@ -134,7 +134,7 @@ def test_pack_is_as_described_and_unpacks(name, dtype):
     assert {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()} == spec
     assert all(t.is_contiguous() for t in tensors.values())
     assert ("weight_zero_point" in spec) == (not scheme.weights.symmetric)
-    assert_same(formats.unpack(tensors, scheme), solved)
+    assert_same(formats.unpack(tensors, scheme, dtype), solved)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -196,7 +196,7 @@ def test_compressed_tensors_reads_the_same_weight(name, dtype):
     ours = dequantize(solved.codes, solved.qparams)
     assert weight.dtype == dtype
     assert torch.equal(weight, ours)
-    assert torch.equal(formats.unpack(formats.pack(solved, scheme), scheme).dense(), ours)
+    assert torch.equal(formats.unpack(formats.pack(solved, scheme), scheme, dtype).dense(), ours)
 
 
 def test_grid_of_a_scheme():
@@ -212,7 +212,11 @@ def test_reading_and_writing_leave_their_inputs_alone(name):
     scheme = SCHEMES[name]
     solved = solved_for(scheme, torch.bfloat16)
     codes, scale = solved.codes.clone(), solved.qparams.scale.clone()
-    for write, read in ((formats.pack, formats.unpack), (formats.dense, formats.undense)):
+
+    def unpack(tensors, scheme):
+        return formats.unpack(tensors, scheme, torch.bfloat16)
+
+    for write, read in ((formats.pack, unpack), (formats.dense, formats.undense)):
         tensors = write(solved, scheme)
         before = {n: t.clone() for n, t in tensors.items()}
         read(tensors, scheme)

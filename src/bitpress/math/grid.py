@@ -115,6 +115,18 @@ class Grid:
     def groups(self, columns: int) -> int:
         return 1 if self.group_size is None else columns // self.group_size
 
+    def scale_shape(self, rows: int, columns: int) -> tuple[int, ...]:
+        """Shape of the scales as they are stored: each once."""
+        return (1,) if self.per_tensor else (rows // self.block_rows, self.groups(columns))
+
+    def once(self, x: Tensor) -> Tensor:
+        """Scales or zero points (R, G) as they are stored; copied where that is less."""
+        return x[0].clone() if self.per_tensor else x[:: self.block_rows].contiguous()
+
+    def repeated(self, x: Tensor, rows: int) -> Tensor:
+        """The inverse of `once`: (R, G)."""
+        return x.expand(rows, 1) if self.per_tensor else x.repeat_interleave(self.block_rows, 0)
+
 
 def binade(x: Tensor) -> Tensor:
     """The power of two at or below |x|, float32; 0 where x is 0 or denormal."""
@@ -215,7 +227,7 @@ def find_qparams(weight: Tensor, grid: Grid, importance: Tensor | None = None, s
     G = grid.groups(C)
     grouped = weight.reshape(R, G, C // G)
     low, high = _shared(grouped.amin(-1), grid, torch.amin), _shared(grouped.amax(-1), grid, torch.amax)
-    top = _global_scale(low, high) if grid.scales == "two-level" else None
+    top = global_scale(low, high) if grid.scales == "two-level" else None
     full = _from_range(low, high, grid, top)
     if not search:
         return full
@@ -254,9 +266,9 @@ def _shared(x: Tensor, grid: Grid, reduce: Callable[..., Tensor]) -> Tensor:
     return blocks.repeat_interleave(grid.block_rows, 0)
 
 
-def _global_scale(low: Tensor, high: Tensor) -> Tensor:
-    """What brings the largest group's scale to the largest e4m3 number, (1,) float32."""
-    absmax = torch.maximum(low.abs().amax(), high.abs().amax())
+def global_scale(low: Tensor, high: Tensor) -> Tensor:
+    """By what e4m3 scales are divided for the largest group's to be the largest e4m3 number, (1,) float32."""
+    absmax = torch.maximum(low.float().abs().amax(), high.float().abs().amax())
     top = E4M3_MAX * FLOATS["e2m1"][2] / absmax
     return torch.where(absmax > 0, top.clamp(max=torch.finfo(torch.float32).max), 1.0).reshape(1)
 
