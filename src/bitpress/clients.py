@@ -34,7 +34,9 @@ def client_notes(subject: Subject, sites: Sequence[Site], caches: Sequence[Quant
         if subject.dtype != torch.bfloat16 and scheme.format.startswith(("nvfp4", "mxfp")):
             found.append("transformers reads the weights as bfloat16: load it in that, or with bitpress.transformers")
         notes += [f"{label(group)}: {text}" for text in found if text]
-    notes += [f"kv_cache_scheme: {text}" for cache in dict.fromkeys(caches) if (text := _cache_limit(cache))]
+    for cache in dict.fromkeys(caches):
+        limits = (_cache_limit(cache), _cache_in_transformers(subject, sites))
+        notes += [f"kv_cache_scheme: {text}" for text in limits if text]
     odd = {
         type(m).__name__
         for s in sites
@@ -77,9 +79,9 @@ def _int_limit(weights: QuantArgs, inputs: QuantArgs | None) -> str | None:
     if (weights.num_bits, inputs.num_bits) == (8, 8) and plain and scaled:
         return None
     packed = _served_packed(weights, inputs)
-    hint = "; on GPUs it serves them with format: pack-quantized in config_groups" if packed else ""
+    hint = "; on GPUs it does with format: pack-quantized in config_groups" if packed else ""
     if packed and (weights.num_bits, inputs.num_bits, inputs.strategy) == (4, 8, "token") and weights.symmetric:
-        return f"vLLM serves weights of 4 bits stored as int8 on Arm CPUs only{hint}"
+        return f"vLLM serves 4 bits stored as int8 on Arm CPUs only{hint}"
     return f"{UNSERVED}{hint}"
 
 
@@ -123,6 +125,15 @@ def _cache_limit(cache: QuantArgs) -> str | None:
         return "vLLM serves caches of 8-bit floats only (num_bits: 8, type: float); this runs in transformers"
     if cache.strategy == "token":
         return "vLLM serves caches with strategy tensor or attn_head only; this runs in transformers"
+    return None
+
+
+def _cache_in_transformers(subject: Subject, sites: Sequence[Site]) -> str | None:
+    config = subject.config.get_text_config() if hasattr(subject.config, "get_text_config") else subject.config
+    if getattr(config, "num_key_value_heads", None) is None:
+        return f"transformers cannot load it: the configuration of {config.model_type} has no num_key_value_heads"
+    if subject.experts and not any(s.group is not None for s in sites):
+        return "transformers cannot load it: it takes the experts for quantized"
     return None
 
 

@@ -184,9 +184,9 @@ def quantization_config(plan: Plan, *, compressed: bool) -> dict[str, Any]:
         groups[f"group_{i}"] = {
             "targets": targets,
             **scheme.to_dict(),
-            "format": scheme.format if compressed else "dense",
+            "format": scheme.format if compressed else scheme.stored_as or "dense",
         }
-    kinds = {g["format"] for g in groups.values()}
+    kinds = {g["format"] for g in groups.values()} if compressed else {"dense"}
     out = {
         "quant_method": "compressed-tensors",
         "format": kinds.pop() if len(kinds) == 1 else "mixed-precision" if kinds else "dense",

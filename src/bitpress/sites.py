@@ -124,7 +124,8 @@ def _layout(args: QuantArgs) -> str:
 def bits_per_weight(site: Site) -> float:
     """Stored bits per weight, scales and zero points counted."""
     spec = stored_spec(site, compressed=True)
-    stored = sum(t.itemsize * torch.Size(s).numel() for n, (t, s) in spec.items() if n != "weight_shape")
+    mine = [part for name, part in spec.items() if name.startswith("weight") and name != "weight_shape"]
+    stored = sum(t.itemsize * torch.Size(s).numel() for t, s in mine)
     return 8 * stored / (site.rows * site.columns)
 
 
@@ -166,7 +167,8 @@ def find_sites(modifiers: Sequence[Any], subject: Subject) -> tuple[list[Site], 
         notes += [f"{kind}.{n}" for n in modifier.notes()]
         mine: dict[str, Site] = {}
         ranks: dict[str, int] = {}
-        groups = modifier.claims()
+        # what is to be left alone goes first, so that it wins where others name the same linears as exactly
+        groups = sorted(modifier.claims(), key=modifier.leaves, reverse=True)
         for group in groups:
             chosen = resolve(entries, group.targets, names(modifier.ignore), kind)
             faults += chosen.faults
