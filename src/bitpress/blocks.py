@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bitpress.errors import NumericsError, PlanError
+from bitpress.math.activations import OutputRange
 from bitpress.math.stats import InputStats, StatsAccumulator
 
 Batch = tuple[Tensor, Tensor | None]  # token ids (B, L); hidden states (B, L, C), None before the first block
@@ -241,3 +242,46 @@ def collect(
 
 def _shared_at_times(name: str) -> NumericsError:
     return NumericsError(f"{name}: shares its input with other linears in some batches only")
+
+
+class _Recorder:
+    """Stands in for a cache: hands keys and values back as they come, and keeps their range by head."""
+
+    def __init__(self) -> None:
+        self.keys: OutputRange | None = None
+        self.values: OutputRange | None = None
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, H, L, D) of one call of an attention."""
+        self.keys, self.values = _wider(self.keys, keys), _wider(self.values, values)
+        return keys, values
+
+
+def _wider(before: OutputRange | None, x: Tensor) -> OutputRange:
+    now = OutputRange(x.amin((0, 2, 3)).float(), x.amax((0, 2, 3)).float())
+    return now if before is None else before.merge(now)
+
+
+@contextmanager
+def recorded_caches(
+    attentions: dict[str, nn.Module], argument_of: Callable[[nn.Module], str]
+) -> Iterator[dict[str, _Recorder]]:
+    """Within it, what these attention modules put into their caches is recorded, by their names.
+
+    Args:
+        argument_of: name of the argument by which a module takes its cache.
+    """
+    recorders = {name: _Recorder() for name in attentions}
+
+    def before(name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return args, {**kwargs, argument_of(module): recorders[name]}
+
+        return hook
+
+    handles = [m.register_forward_pre_hook(before(n), with_kwargs=True) for n, m in attentions.items()]
+    try:
+        yield recorders
+    finally:
+        for handle in handles:
+            handle.remove()

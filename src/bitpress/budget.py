@@ -30,14 +30,16 @@ def budget(
     device: torch.device,
     max_memory: int | None,
     batch_size: int | None,
+    *,
+    runs: bool = False,
 ) -> dict[str, Any]:
-    """Batch size, budgets and expected peaks, all from shapes."""
+    """Batch size, budgets and expected peaks, all from shapes; `runs`: it is run even if no site needs it."""
     item = subject.dtype.itemsize
     sizes = [_bytes(subject, subject.blocks.prefix(i)) for i in range(len(subject.blocks))]
     outside, block = _bytes(subject, None), max(sizes)
     config = subject.config.get_text_config() if hasattr(subject.config, "get_text_config") else subject.config
     width = int(config.hidden_size)
-    runs = any(s.needs for s in sites)
+    runs = runs or any(s.needs for s in sites)
     hidden = samples * length * width * item if runs else 0
     widest = max((max(s.rows, s.columns) for s in sites), default=width)
     # one sequence's live activations in a block, and the float32 copy of the widest input for its Gram matrix

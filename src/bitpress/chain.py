@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from bitpress import formats
-from bitpress.math.grid import Solved, relative_error, settle
+from bitpress.errors import NumericsError
+from bitpress.math.activations import static_scale
+from bitpress.math.grid import Solved, global_scale, relative_error, settle
 from bitpress.math.stats import InputStats
 from bitpress.modifiers.base import PruningModifier
 from bitpress.modifiers.quantization import SchemeGroup, SchemeModifier
+from bitpress.schemes import Scheme
 from bitpress.sites import Step
 
 
@@ -49,14 +53,33 @@ def solve(
         solved = [Solved(None, None, torch.empty(()), weight=w) for w in stored]
     else:
         grid = formats.grid_of(group_of_all.scheme, dtype)
-        solved = [settle(z, grid) for z in solved]
+        beside = input_scales(group_of_all.scheme, stats, dtype)
+        # each linear stores its own copy
+        solved = [replace(settle(z, grid), beside={n: t.clone() for n, t in beside.items()}) for z in solved]
     if len(steps) == 1 and group_of_all is not None:
         return solved
     gram = None if stats is None else stats.gram
-    return [
-        Solved(z.codes, z.qparams, relative_error(w, z.dense(), gram), z.weight)
-        for w, z in zip(weights, solved, strict=True)
-    ]
+    return [replace(z, error=relative_error(w, z.dense(), gram)) for w, z in zip(weights, solved, strict=True)]
+
+
+def input_scales(scheme: Scheme, stats: InputStats | None, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What the calibration data tell about the inputs of a scheme, as the tensors `formats.describe_inputs` names.
+
+    Raises:
+        NumericsError: NaN or infinity in the inputs.
+    """
+    inputs = scheme.input_activations
+    if inputs is None or not scheme.static_inputs:
+        return {}
+    assert stats is not None and stats.low is not None and stats.high is not None
+    low, high = stats.low.amin().reshape(1).cpu(), stats.high.amax().reshape(1).cpu()
+    if not (torch.isfinite(low) & torch.isfinite(high)).all():
+        raise NumericsError("NaN or infinity in the input activations")
+    if inputs.dynamic == "local":
+        return {"input_global_scale": global_scale(low, high)}
+    values = "int" if inputs.type == "int" else formats.FLOATS[inputs.num_bits]
+    scale, zero = static_scale(low, high, values, inputs.num_bits, inputs.symmetric, dtype)
+    return {"input_scale": scale} if zero is None else {"input_scale": scale, "input_zero_point": zero}
 
 
 def _quantizer(step: Step) -> tuple[SchemeModifier, SchemeGroup]:

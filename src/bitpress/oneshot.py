@@ -226,7 +226,7 @@ def _run(args: Arguments) -> Any:
     if subject.streamed:
         assert ready.output is not None
         return SavedModel(ready.output)
-    return attach(subject.model, plan, run.solved, text, summary)
+    return attach(subject.model, plan, run.solved, run.caches, text, summary)
 
 
 def _loaded_into(ready: Prepared) -> Any:

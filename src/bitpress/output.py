@@ -69,6 +69,11 @@ class Output:
         file = self.file(shard)
         return {disk[name]: t for name, t in read_tensors((name, file) for name in disk).items()}
 
+    def read_named(self, shard: int, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Tensors of a finished shard by their names on disk."""
+        file = self.file(shard)
+        return read_tensors((name, file) for name in names)
+
     def write(
         self,
         shard: int,
@@ -79,11 +84,13 @@ class Output:
         *,
         last: bool,
         changed: Mapping[str, torch.Tensor] | None = None,
+        beside: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         """Write a shard: the stored tensors of `keys`, the solved ones in their format.
 
         Args:
             changed: tensors that take the place of stored ones, by module tensor name.
+            beside: more tensors, by name on disk.
 
         Raises:
             CheckpointError: what is read back is not what was solved.
@@ -96,6 +103,7 @@ class Output:
         for site, z in by_key.values():
             parts = {"weight": z.dense()} if site.scheme is None else pack(z, site.scheme)
             tensors |= {f"{site.name}.{suffix}": t for suffix, t in parts.items()}
+        tensors |= beside or {}
         if last:
             tensors |= subject.extra()
         file = self.work / f"model-{shard + 1:05d}-of-{self.shards:05d}.safetensors"
@@ -146,7 +154,7 @@ class Output:
             config["dtype"] = str(subject.dtype).removeprefix("torch.")
         if subject.tied:
             config["tie_word_embeddings"] = True
-        if plan.quantized:
+        if plan.quantized or plan.cache_scheme is not None:
             config["quantization_config"] = quantization_config(plan, compressed=self.compressed)
         return config
 
@@ -159,7 +167,7 @@ def read_site(file_of: Callable[[str], Path], site: Site, *, compressed: bool) -
     scheme = site.scheme
     if scheme is None:
         return Solved(None, None, torch.tensor(float("nan")), weight=parts["weight"])
-    return formats.unpack(parts, scheme) if compressed else formats.undense(parts, scheme)
+    return formats.unpack(parts, scheme, site.dtype) if compressed else formats.undense(parts, scheme)
 
 
 def quantization_config(plan: Plan, *, compressed: bool) -> dict[str, Any]:
@@ -167,7 +175,8 @@ def quantization_config(plan: Plan, *, compressed: bool) -> dict[str, Any]:
     by_scheme: dict[str, tuple[Scheme, list[Site]]] = {}
     for site in plan.quantized:
         assert site.scheme is not None
-        by_scheme.setdefault(json.dumps(site.scheme.to_dict(), sort_keys=True), (site.scheme, []))[1].append(site)
+        key = json.dumps([site.scheme.format, site.scheme.to_dict()], sort_keys=True)
+        by_scheme.setdefault(key, (site.scheme, []))[1].append(site)
     groups = {}
     # the largest group is "all Linears", the others are named one by one: names go before classes
     for i, (scheme, sites) in enumerate(sorted(by_scheme.values(), key=lambda pair: len(pair[1]), reverse=True)):
@@ -175,13 +184,14 @@ def quantization_config(plan: Plan, *, compressed: bool) -> dict[str, Any]:
         groups[f"group_{i}"] = {
             "targets": targets,
             **scheme.to_dict(),
-            "format": scheme.format if compressed else "dense",
+            "format": scheme.format if compressed else scheme.stored_as or "dense",
         }
-    kinds = {g["format"] for g in groups.values()}
-    return {
+    kinds = {g["format"] for g in groups.values()} if compressed else {"dense"}
+    out = {
         "quant_method": "compressed-tensors",
-        "format": kinds.pop() if len(kinds) == 1 else "mixed-precision",
+        "format": kinds.pop() if len(kinds) == 1 else "mixed-precision" if kinds else "dense",
         "quantization_status": "compressed" if compressed else "frozen",
         "config_groups": groups,
         "ignore": list(plan.ignored),
     }
+    return out if plan.cache_scheme is None else out | {"kv_cache_scheme": plan.cache_scheme.to_dict()}

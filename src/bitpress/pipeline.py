@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from bitpress import chain, ranks
-from bitpress.blocks import Batch, collect
+from bitpress.blocks import Batch, collect, recorded_caches
+from bitpress.caches import CacheSite, cache_argument
 from bitpress.errors import NumericsError
-from bitpress.math.grid import QParams, Solved
+from bitpress.math.grid import Solved
 from bitpress.math.stats import InputStats
 from bitpress.output import Output
 from bitpress.plan import Plan, experts_in
@@ -40,7 +41,8 @@ class Run:
         batches: token ids (B, L), in order.
         output: where shards go; None for a model in memory that is not saved.
         rows: reports of the layers, as plain data.
-        solved: for a model in memory: scales and zero points of every solved linear.
+        solved: for a model in memory: every solved linear without its codes and weight.
+        caches: for a model in memory: scales of caches, by name on disk.
         seconds: time by phase.
     """
 
@@ -54,7 +56,8 @@ class Run:
 
     def __post_init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
-        self.solved: list[tuple[Site, QParams]] = []
+        self.solved: list[tuple[Site, Solved]] = []
+        self.caches: dict[str, Tensor] = {}
         self.seconds: dict[str, float] = {}
 
     def timed(self, phase: str, start: float) -> float:
@@ -92,6 +95,7 @@ def _block(run: Run, index: int, states: HiddenStates, *, collects: bool, feeds:
     """One block, from its load to its shard. A finished one is only run, from its shard, where something needs it."""
     subject, prefix, progress = run.subject, run.subject.blocks.prefix(index), run.progress
     sites = [s for s in run.plan.sites if s.block == index]
+    caches = [c for c in run.plan.caches if c.block == index]
     clock = time.perf_counter()
     if run.output is not None and (entry := run.output.finished(index)) is not None:
         run.rows += entry["rows"]
@@ -102,14 +106,22 @@ def _block(run: Run, index: int, states: HiddenStates, *, collects: bool, feeds:
         kept = run.output.read_others(index, subject, prefix, sites)
         subject.load(prefix, run.device, {**kept, **{s.key: solved.dense() for s, solved in read}})
         run.solved += _kept(run, read)
+        if not subject.streamed:
+            run.caches |= run.output.read_named(index, [n for c in caches for n in c.spec()])
         clock = run.timed("load", clock)
     else:
         progress.at(index, "loading")
         subject.load(prefix, run.device)
         run.timed("load", clock)
         results = _solve_sites(run, index, sites, states, collects=collects)
+        _install(run, results)
         clock = time.perf_counter()
-        _store(run, index, prefix, results)
+        scales = {}
+        if caches:  # they are seen with the weights as they are stored, so the block's output comes first
+            scales = _watch_caches(run, index, caches, states, feeds=feeds)
+            clock = run.timed("propagate", clock)
+            feeds = False
+        _store(run, index, prefix, results, scales)
         clock = run.timed("write", clock)
     if feeds:
         for i, batch in enumerate(_watched(run, states, index, "propagating", 0.7)):
@@ -142,31 +154,64 @@ def _outside(run: Run, states: HiddenStates) -> None:
         run.subject.load(None, run.device)
     results = _solve_sites(run, None, sites, states, collects=run.plan.needs_stats)
     clock = time.perf_counter()
-    _store(run, total, None, results)
+    _install(run, results)
+    _store(run, total, None, results, {})
     run.timed("write", clock)
 
 
 Result = tuple[LayerReport, Site, Solved]
 
 
-def _store(run: Run, shard: int, prefix: str | None, results: list[Result]) -> None:
-    """Put the solved weights into the model, as a reader of the checkpoint will see them, and write the shard."""
-    solved = [(site, z) for _, site, z in results]
-    for site, z in solved:
+def _install(run: Run, results: list[Result]) -> None:
+    """Put the solved weights into the model, as a reader of the checkpoint will see them."""
+    for _, site, z in results:
         _weight(run.subject.model, site).copy_(z.dense())
+
+
+def _store(run: Run, shard: int, prefix: str | None, results: list[Result], scales: dict[str, Tensor]) -> None:
+    """Write the shard; `scales` are those of caches, by name on disk."""
+    solved = [(site, z) for _, site, z in results]
     rows = [report.to_dict() for report, _, _ in results]
     run.rows += rows
     run.solved += _kept(run, solved)
+    if not run.subject.streamed:
+        run.caches |= scales
     if run.output is not None:
         run.progress.at(shard, "writing", 0.7)
-        run.output.write(shard, run.subject, run.subject.keys(prefix), solved, rows, last=prefix is None)
+        keys = run.subject.keys(prefix)
+        run.output.write(shard, run.subject, keys, solved, rows, last=prefix is None, beside=scales)
 
 
-def _kept(run: Run, solved: list[tuple[Site, Solved]]) -> list[tuple[Site, QParams]]:
+def _kept(run: Run, solved: list[tuple[Site, Solved]]) -> list[tuple[Site, Solved]]:
     """What a model in memory keeps of its solved linears; a streamed one keeps nothing."""
     if run.subject.streamed:
         return []
-    return [(s, z.qparams.to("cpu")) for s, z in solved if z.qparams is not None]
+    return [(s, replace(z, codes=None, qparams=z.qparams.to("cpu"))) for s, z in solved if z.qparams is not None]
+
+
+def _watch_caches(
+    run: Run, index: int, caches: list[CacheSite], states: HiddenStates, *, feeds: bool
+) -> dict[str, Tensor]:
+    """Run a block whose weights are solved and set the scales of its caches; with `feeds`, also the next block's input.
+
+    Raises:
+        NumericsError: an attention put nothing into its cache, or NaN.
+    """
+    blocks, model = run.subject.blocks, run.subject.model
+    attentions = {c.module: model.get_submodule(c.module) for c in caches}
+    arguments = {id(m): cache_argument(m) or "" for m in attentions.values()}
+    with recorded_caches(attentions, lambda module: arguments[id(module)]) as seen:
+        for i, batch in enumerate(_watched(run, states, index, "propagating", 0.7)):
+            out = blocks.run(index, batch)
+            if feeds:
+                states[i] = out
+    scales: dict[str, Tensor] = {}
+    for cache in caches:
+        keys, values = seen[cache.module].keys, seen[cache.module].values
+        if keys is None or values is None:
+            raise NumericsError(f"{cache.name}: put nothing into its cache; drop kv_cache_scheme for this model")
+        scales |= cache.scales(ranks.reduce_range(keys), ranks.reduce_range(values))
+    return scales
 
 
 def _weight(model: nn.Module, site: Site) -> Tensor:
@@ -185,10 +230,13 @@ def _solve_sites(
     needy = [s for s in sites if collects and s.needs]
     needs = frozenset().union(*(s.needs for s in needy))
     clock = time.perf_counter()
+    free: dict[str, list[Site]] = {}
     for site in sites:
         if site not in needy:
-            run.progress.at(at, "rounding")
-            results |= _solve(run, [site], None, "")
+            free.setdefault(site.partners or site.name, []).append(site)
+    for together in free.values():
+        run.progress.at(at, "rounding")
+        results |= _solve(run, together, None, "")
     run.timed("solve", clock)
     experts = experts_in(run.subject, index) if index is not None else []
     visit = blocks.visit_tail if index is None else partial(blocks.visit, index)
@@ -237,9 +285,11 @@ def _solve_sites(
 def _solve(run: Run, sites: list[Site], stats: InputStats | None, policy: str) -> dict[str, Result]:
     """Linears that read the same input: one call of the solver for those with the same steps."""
     results: dict[str, Result] = {}
-    parts: dict[tuple[tuple[int, str, float | None], ...], list[Site]] = {}
+    parts: dict[tuple[Any, ...], list[Site]] = {}
     for site in sites:
-        parts.setdefault(tuple((id(s.modifier), s.claim.name, s.sparsity) for s in site.steps), []).append(site)
+        steps = tuple((id(s.modifier), s.claim.name, s.sparsity) for s in site.steps)
+        # what must share a number is solved in one call, and nothing else with it
+        parts.setdefault((steps, site.partners), []).append(site)
     for part in parts.values():
         clock = time.perf_counter()
         weights = [_weight(run.subject.model, s).float() for s in part]

@@ -15,15 +15,16 @@ from torch import nn
 
 from bitpress import formats
 from bitpress.budget import budget, space_fault
+from bitpress.caches import CacheSite, find_caches
 from bitpress.checkpoint import file_size
+from bitpress.clients import client_notes
 from bitpress.errors import PlanError
 from bitpress.experts import UnfusedExperts, fused_left
 from bitpress.modifiers.base import LinearModifier, names
+from bitpress.modifiers.quantization import SchemeModifier
+from bitpress.schemes import QuantArgs
 from bitpress.sites import Site, bits_per_weight, disk_module, find_sites, label, misfits, stored_spec
 from bitpress.subject import Subject
-
-# vLLM runs these as one matrix product, so their scheme must be one
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Plan:
         batch_size: sequences per forward.
         gram_bytes: budget of the Gram matrices of one pass.
         hidden_on: where hidden states are kept, "device", "host" or "disk".
+        caches: caches of keys and values that get scales.
+        cache_scheme: how caches are quantized, None if they are not.
     """
 
     sites: tuple[Site, ...]
@@ -52,6 +55,8 @@ class Plan:
     batch_size: int
     gram_bytes: int
     hidden_on: str
+    caches: tuple[CacheSite, ...] = ()
+    cache_scheme: QuantArgs | None = None
 
     @property
     def quantized(self) -> tuple[Site, ...]:
@@ -59,12 +64,27 @@ class Plan:
 
     @property
     def needs_stats(self) -> bool:
-        return any(s.needs for s in self.sites)
+        """Whether the model is run on calibration data."""
+        return bool(self.caches) or any(s.needs for s in self.sites)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """What calibration data are needed for, in a few words each; empty if they are not."""
+        needs = frozenset().union(*(s.needs for s in self.sites))
+        methods = sorted({s.method for s in self.sites if "gram" in s.needs})
+        static = sorted({label(s.group) for s in self.sites if "range" in s.needs})
+        words = {
+            "gram": f"second moments of inputs ({', '.join(methods)})",
+            "mean": "mean sizes of inputs",
+            "range": f"ranges of inputs ({', '.join(static)})",
+        }
+        found = tuple(text for need, text in words.items() if need in needs)
+        return (*found, "ranges of keys and values (kv_cache_scheme)") if self.caches else found
 
     @property
     def last_block(self) -> int:
         """Index of the last block whose input is needed; the number of blocks means the head's; -1: none."""
-        needed = [s.block for s in self.sites if s.needs]
+        needed = [s.block for s in self.sites if s.needs] + [c.block for c in self.caches]
         if any(b is None for b in needed):
             return len(self.shards) - 1
         return max((b for b in needed if b is not None), default=-1)
@@ -80,6 +100,8 @@ class Plan:
                 for s in self.sites
             ],
             "ignored": list(self.ignored),
+            "needs_data": list(self.reads),
+            "kv_cache_scheme": None if self.cache_scheme is None else self.cache_scheme.to_dict(),
             "output_bytes": self.output_bytes,
             "host_bytes": self.host_bytes,
             "device_bytes": self.device_bytes,
@@ -119,7 +141,10 @@ def make(
     faults += more
     faults += _unknown_experts(subject, compressing)
     faults += misfits(sites, subject)
-    notes += _client_notes(subject, sites)
+    cache_schemes = [c for m in compressing if isinstance(m, SchemeModifier) and (c := m.cache()) is not None]
+    caches, more = find_caches(cache_schemes, subject)
+    faults += more
+    notes += client_notes(subject, sites, cache_schemes)
     if unknown := subject.layout.unknown:
         notes.append(
             f"{unknown[0]} (and {len(unknown) - 1} more): the model has no place for it; carried over as it is"
@@ -127,12 +152,15 @@ def make(
     ignored = _ignored(subject, {s.module for s in sites if s.group is not None})
     if faults:
         raise PlanError(faults)
-    shards = _shards(subject, sites, compressed)
+    shards = _shards(subject, sites, caches, compressed)
     output_bytes = sum(file_size(s) for s in shards if s)
-    memory = budget(subject, sites, samples, length, device, max_memory, batch_size)
+    memory = budget(subject, sites, samples, length, device, max_memory, batch_size, runs=bool(caches))
     if output is not None and (fault := space_fault(output, output_bytes)):
         raise PlanError(fault)
-    return Plan(tuple(sites), ignored, tuple(notes), shards, output_bytes, **memory)
+    scheme = next(iter(cache_schemes), None)
+    return Plan(
+        tuple(sites), ignored, tuple(notes), shards, output_bytes, **memory, caches=tuple(caches), cache_scheme=scheme
+    )
 
 
 def _unknown_experts(subject: Subject, modifiers: Sequence[LinearModifier]) -> list[str]:
@@ -146,41 +174,6 @@ def _unknown_experts(subject: Subject, modifiers: Sequence[LinearModifier]) -> l
         f"{left[0]} and {len(left) - 1} more: experts in a fused layout that bitpress does not know; to leave them "
         "in full precision add 're:.*experts.*' to ignore"
     ]
-
-
-def _client_notes(subject: Subject, sites: Sequence[Site]) -> list[str]:
-    notes = []
-    groups = {s.group.name: s.group for s in sites if s.group is not None}.values()
-    for group in groups:
-        args = group.scheme.weights
-        if group.scheme.format == "pack-quantized" and args.strategy == "tensor":
-            notes.append(f"{label(group)}: vLLM serves strategy group or channel only; this loads in transformers")
-        elif group.scheme.format == "pack-quantized" and args.num_bits not in (4, 8):
-            older = "" if args.num_bits == 2 else " with compressed-tensors 0.19 or later (older ones misread it)"
-            notes.append(f"{label(group)}: vLLM serves 4 and 8 bits only; this loads in transformers{older}")
-        if any(s.expert is not None and s.group is group for s in sites) and (
-            not args.symmetric or group.scheme.format != "pack-quantized"
-        ):
-            notes.append(f"{label(group)}: transformers loads experts as symmetric packed integers only; use W4A16")
-    odd = {
-        type(m).__name__
-        for s in sites
-        if s.group is not None and type(m := subject.model.get_submodule(s.module)) is not nn.Linear
-    }
-    if odd:
-        notes.append(
-            f"{', '.join(sorted(odd))}: transformers decompresses plain Linears only; use bitpress.transformers"
-        )
-    by_name = {s.module: str(s.scheme) for s in sites if s.group is not None}
-    split = []
-    for parent, _ in subject.model.named_modules():
-        for partners in FUSED:
-            there = [f"{parent}.{p}" for p in partners if hasattr(subject.model.get_submodule(parent), p)]
-            if len({by_name.get(name) for name in there}) > 1:
-                split.append(f"{parent}: {', '.join(partners)}")
-    if split:
-        notes.append(f"{split[0]} differ in scheme (and {len(split) - 1} more): vLLM fuses them and needs one scheme")
-    return notes
 
 
 def _ignored(subject: Subject, chosen: set[str]) -> tuple[str, ...]:
@@ -198,7 +191,9 @@ def _ignored(subject: Subject, chosen: set[str]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _shards(subject: Subject, sites: Sequence[Site], compressed: bool) -> tuple[formats.Spec, ...]:
+def _shards(
+    subject: Subject, sites: Sequence[Site], caches: Sequence[CacheSite], compressed: bool
+) -> tuple[formats.Spec, ...]:
     site_of = {s.key: s for s in sites}
     shards: list[formats.Spec] = []
     for prefix in (*(subject.blocks.prefix(i) for i in range(len(subject.blocks))), None):
@@ -210,6 +205,8 @@ def _shards(subject: Subject, sites: Sequence[Site], compressed: bool) -> tuple[
             parts = stored_spec(site, compressed=compressed)
             spec |= {f"{site.name}.{suffix}": part for suffix, part in parts.items()}
         shards.append(spec)
+    for cache in caches:
+        shards[cache.block] |= cache.spec()
     shards[-1] |= subject.extra_specs()
     return tuple(shards)
 

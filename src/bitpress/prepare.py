@@ -67,9 +67,11 @@ def prepare(args: Arguments) -> Prepared:
             )  # fmt: skip
         except PlanError as error:
             faults.append(error)
+        if static := _static_without_data(args, modifiers):
+            faults.append(PlanError(static))
         try:
             tokenizer = find_tokenizer(args, subject)
-            data = _data(args, subject, tokenizer) if needs_data else None
+            data = _data(args, subject, tokenizer) if needs_data and not static else None
         except (DataError, ConfigError) as error:
             faults.append(error)
         if len(faults) == 1:
@@ -87,6 +89,20 @@ def prepare(args: Arguments) -> Prepared:
     if args.dataset is not None and data is None:
         notes.append("dataset: not read, nothing in this recipe needs data")
     return Prepared(chosen, modifiers, subject, replace(made, notes=tuple(notes)), data, device, tokenizer, output)
+
+
+def _static_without_data(args: Arguments, modifiers: tuple[Any, ...]) -> list[str]:
+    """Scales that stay fixed at inference must come from data like what they will see: the built-in text is none."""
+    if args.dataset is not None or args.dataset_path is not None:
+        return []
+    kinds = {"range": "static scales of inputs", "cache": "static scales of keys and values (kv_cache_scheme)"}
+    return [
+        f"{type(m).__name__}: {text} are set from calibration data, and none is given: pass dataset (--dataset), "
+        "or use a scheme with dynamic activations such as FP8_DYNAMIC"
+        for m in modifiers
+        for need, text in kinds.items()
+        if need in m.needs
+    ]
 
 
 def _oneshot_stages(recipe: Recipe) -> tuple[Stage, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bitpress.errors import PlanError
+from bitpress.math.activations import OutputRange
 from bitpress.math.grid import Solved
 from bitpress.math.stats import InputStats
 
@@ -23,6 +24,11 @@ def check() -> None:
 def reduce(stats: InputStats) -> InputStats:
     """The statistics of all ranks together."""
     return stats
+
+
+def reduce_range(seen: OutputRange) -> OutputRange:
+    """The range on all ranks together."""
+    return seen
 
 
 def owner(site: str) -> bool:

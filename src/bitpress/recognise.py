@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bitpress.errors import CheckpointError
+from bitpress.scheme_rules import SCALE_DTYPES
 from bitpress.schemes import PRESETS
 from bitpress.targets import pattern_fault
 
@@ -82,12 +83,15 @@ class Coding(NamedTuple):
     group_size: int | None = None
     symmetric: bool | None = None
     dynamic: bool | str | None = None  # None for weights
+    scale_dtype: str | None = None  # of MX and NVFP4; others have that of the model
 
     def __str__(self) -> str:
         words = [f"{self.type}{self.num_bits}", self.strategy]
         words += [str(self.group_size)] if self.group_size else []
         words += [] if self.symmetric is None else ["sym" if self.symmetric else "asym"]
-        words += [] if self.dynamic is None else ["dynamic" if self.dynamic else "static"]
+        words += (
+            [] if self.dynamic is None else [{True: "dynamic", False: "static"}.get(self.dynamic, str(self.dynamic))]
+        )
         return " ".join(words)
 
 
@@ -205,6 +209,7 @@ def _coding(args: Mapping[str, Any], *, activations: bool) -> Coding:
         group_size=int(block[1]) if block else size,
         symmetric=bool(args.get("symmetric", True)),
         dynamic=(args.get("dynamic") or False) if activations else None,
+        scale_dtype=own if (own := str(args.get("scale_dtype")).removeprefix("torch.")) in SCALE_DTYPES else None,
     )
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -17,14 +18,19 @@ from torch import nn
 from bitpress.errors import CheckpointError, ConfigError, RecipeError, did_you_mean
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from bitpress.checkpoint import Source
-    from bitpress.math.grid import QParams
+    from bitpress.math.grid import Solved
     from bitpress.modifiers.quantization import QuantizationModifier
     from bitpress.plan import Plan
     from bitpress.sites import Site
     from bitpress.subject import ModuleSubject
 
-FORMATS = (None, "compressed-tensors", "pack-quantized", "int-quantized", "dense")
+FORMATS = (
+    None, "compressed-tensors", "dense", "pack-quantized", "int-quantized", "float-quantized", "naive-quantized",
+    "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp6-pack-quantized", "mxfp8-quantized",
+)  # fmt: skip
 # arguments of transformers' save_pretrained: those that are refused unless they say what is done anyway, with the
 # remedy, and those that change nothing here
 REFUSED: dict[str, tuple[Any, str]] = {
@@ -169,7 +175,12 @@ def check_format(name: str | None) -> None:
 
 
 def attach(
-    model: nn.Module, plan: Plan, solved: Sequence[tuple[Site, QParams]], recipe: str, report: dict[str, Any]
+    model: nn.Module,
+    plan: Plan,
+    solved: Sequence[tuple[Site, Solved]],
+    caches: Mapping[str, Tensor],
+    recipe: str,
+    report: dict[str, Any],
 ) -> nn.Module:
     """Give a compressed module in memory a `save_pretrained` that packs.
 
@@ -199,7 +210,7 @@ def attach(
         if not check_options(kwargs):
             return
         compressed = save_compressed and quantization_format != "dense"
-        save_module(self, Path(save_directory), plan, solved, recipe, report, compressed=compressed)
+        save_module(self, Path(save_directory), plan, solved, caches, recipe, report, compressed=compressed)
 
     model.save_pretrained = MethodType(save_pretrained, model)  # type: ignore[assignment]
     model.bitpress_report = report  # type: ignore[assignment]
@@ -210,16 +221,22 @@ def save_module(
     model: nn.Module,
     folder: Path,
     plan: Plan,
-    solved: Sequence[tuple[Site, QParams]],
+    solved: Sequence[tuple[Site, Solved]],
+    caches: Mapping[str, Tensor],
     recipe: str,
     report: dict[str, Any],
     *,
     compressed: bool,
 ) -> None:
-    """Write a module in memory with the streaming writer: the same files as a streamed run."""
+    """Write a module in memory with the streaming writer: the same files as a streamed run.
+
+    Args:
+        solved: its quantized linears, without codes.
+        caches: scales of caches, by name on disk.
+    """
     from bitpress import formats
     from bitpress.journal import WORK, Journal
-    from bitpress.math.grid import Solved, dequantize, quantize
+    from bitpress.math.grid import quantize
     from bitpress.output import Output
     from bitpress.subject import ModuleSubject
 
@@ -234,13 +251,14 @@ def save_module(
             prefix = None if shard == total - 1 else subject.blocks.prefix(shard)
             keys = set(subject.keys(prefix))
             here = []
-            for site, qparams in solved:
+            for site, kept in solved:
                 if site.key in keys:
-                    assert site.scheme is not None
+                    assert site.scheme is not None and kept.qparams is not None
                     weight = subject.stored([site.key])[site.key].float()
-                    codes = quantize(weight, qparams, formats.grid_of(site.scheme, subject.dtype))
-                    here.append((site, Solved(codes, qparams, (dequantize(codes, qparams).float() - weight).sum())))
-            output.write(shard, subject, sorted(keys), here, [], last=prefix is None)
+                    codes = quantize(weight, kept.qparams, formats.grid_of(site.scheme, subject.dtype))
+                    here.append((site, replace(kept, codes=codes)))
+            beside = {n: caches[n] for c in plan.caches if c.block == shard for n in c.spec()}
+            output.write(shard, subject, sorted(keys), here, [], last=prefix is None, beside=beside)
         output.finish(subject, plan, recipe, report, None)
     finally:
         subject.close()
@@ -260,13 +278,15 @@ def load_into(subject: ModuleSubject, plan: Plan, folder: Path) -> nn.Module:
             raise CheckpointError(f"{folder}: {error} is in no weight file; download or write it again") from None
         subject.assign({site.key: z.dense()})
         if z.qparams is not None:
-            solved.append((site, z.qparams))
+            solved.append((site, replace(z, codes=None)))
+    caches = source.read([name for cache in plan.caches for name in cache.spec()])
     report, recipe = folder / "report.json", folder / "recipe.yaml"
     subject.close()
     return attach(
         subject.model,
         plan,
         solved,
+        caches,
         recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
         json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {},
     )
@@ -275,7 +295,7 @@ def load_into(subject: ModuleSubject, plan: Plan, folder: Path) -> nn.Module:
 def _packed(source: Source, site: Site) -> bool:
     """Whether a linear's codes are stored; the status in config.json is not to be trusted in older checkpoints."""
     weight = f"{site.name}.weight"
-    return f"{weight}_packed" in source.tensors or not source.spec(weight)[0].is_floating_point
+    return f"{weight}_packed" in source.tensors or source.spec(weight)[0].itemsize == 1
 
 
 def modifier_of(folder: Path) -> QuantizationModifier:
@@ -291,7 +311,7 @@ def modifier_of(folder: Path) -> QuantizationModifier:
     groups = settings.get("config_groups")
     if not isinstance(groups, dict) or not all(isinstance(g, dict) and g.get("targets") for g in groups.values()):
         raise CheckpointError(f"{folder}: config.json has no config_groups with targets that bitpress reads")
-    extra = [key for key in ("kv_cache_scheme", "transform_config") if settings.get(key)]
+    extra = ["transform_config"] if settings.get("transform_config") else []
     if (settings.get("sparsity_config") or {}).get("format", "dense") != "dense":
         extra.append("sparsity_config")
     if extra:
@@ -300,9 +320,13 @@ def modifier_of(folder: Path) -> QuantizationModifier:
         )
     # "Linear" takes what no other group names, so it comes last
     ordered = sorted(groups.items(), key=lambda item: "Linear" in item[1]["targets"])
-    plain = {name: {k: v for k, v in group.items() if k != "format"} for name, group in ordered}
+    # dense weights say nothing of how they are to be packed
+    plain = {n: {k: v for k, v in group.items() if (k, v) != ("format", "dense")} for n, group in ordered}
+    cache = settings.get("kv_cache_scheme")
     try:
-        return QuantizationModifier(config_groups=plain, ignore=settings.get("ignore") or [])
+        return QuantizationModifier(
+            config_groups=plain or None, ignore=settings.get("ignore") or [], kv_cache_scheme=cache
+        )
     except RecipeError as error:
         raise CheckpointError(f"{folder}: {error}") from None
 
@@ -310,14 +334,14 @@ def modifier_of(folder: Path) -> QuantizationModifier:
 def is_weight_only(folder: Path) -> bool:
     """Whether `reload` gives the model that was stored: a scheme of bitpress that leaves activations alone."""
     try:
-        groups = modifier_of(folder).groups()
+        modifier = modifier_of(folder)
     except CheckpointError:
         return False
-    return all(group.scheme.input_activations is None for group in groups)
+    return modifier.cache() is None and all(g.scheme.input_activations is None for g in modifier.groups())
 
 
 def reload(place: str | os.PathLike[str], *, dtype: Any = "auto", device_map: Any = None, **kwargs: Any) -> nn.Module:
-    """A compressed-tensors checkpoint of integer weights as a dense module that packs again when saved.
+    """A compressed-tensors checkpoint as a dense module that packs again when saved; activations stay as they are.
 
     Reads the weights itself, so it also loads what transformers cannot decompress (experts with zero points).
 

@@ -16,9 +16,17 @@ from torch import nn
 from bitpress import formats
 from bitpress.modifiers.base import Claim, LinearModifier, names
 from bitpress.modifiers.quantization import SchemeGroup, SchemeModifier
-from bitpress.schemes import Scheme
+from bitpress.schemes import QuantArgs, Scheme
 from bitpress.subject import Subject, output_head
 from bitpress.targets import LinearName, resolve, specificity
+
+# vLLM runs these as one matrix product, so their scheme must be one
+FUSED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+)
 
 
 @dataclass(frozen=True)
@@ -79,23 +87,45 @@ class Site:
     @property
     def needs(self) -> frozenset[str]:
         """Statistics of its input that its steps read, see `Modifier.needs`."""
-        return frozenset().union(*(s.modifier.needs for s in self.steps))
+        return frozenset().union(*(s.modifier.needs_of(s.claim) for s in self.steps))
+
+    @property
+    def partners(self) -> str:
+        """Name of the product that clients run it in, or its own; empty where its scheme shares no numbers there."""
+        if self.scheme is None or not formats.grid_of(self.scheme, self.dtype).fused:
+            return ""
+        parent, _, leaf = self.name.rpartition(".")
+        together = next((names for names in FUSED if leaf in names), None)
+        return self.name if together is None else f"{parent}.{'+'.join(together)}"
 
 
 def label(group: SchemeGroup | None) -> str:
     """A scheme in a few words, for tables: `W4A16 g64`, `int3 channel`; `dense` if there is none."""
     if group is None:
         return "dense"
-    args = group.scheme.weights
-    size = f"g{args.group_size}" if args.group_size else args.strategy
+    args, inputs = group.scheme.weights, group.scheme.input_activations
     kind = "" if args.symmetric or (group.scheme.name or "").endswith("ASYM") else " asym"
-    return f"{group.scheme.name or f'int{args.num_bits}'} {size}{kind}"
+    if group.scheme.name is not None:
+        return f"{group.scheme.name} {_layout(args)}{kind}"
+    text = f"{args.type}{args.num_bits} {_layout(args)}{kind}"
+    if inputs is None:
+        return text
+    kind = "" if inputs.symmetric else " asym"
+    when = "static" if group.scheme.static_inputs else "dynamic"
+    return f"{text}, inputs {inputs.type}{inputs.num_bits} {_layout(inputs)}{kind} {when}"
+
+
+def _layout(args: QuantArgs) -> str:
+    if args.block_structure is not None:
+        return "{} x {}".format(*args.block_structure)
+    return f"g{args.group_size}" if args.group_size else args.strategy
 
 
 def bits_per_weight(site: Site) -> float:
     """Stored bits per weight, scales and zero points counted."""
     spec = stored_spec(site, compressed=True)
-    stored = sum(t.itemsize * torch.Size(s).numel() for n, (t, s) in spec.items() if n != "weight_shape")
+    mine = [part for name, part in spec.items() if name.startswith("weight") and name != "weight_shape"]
+    stored = sum(t.itemsize * torch.Size(s).numel() for t, s in mine)
     return 8 * stored / (site.rows * site.columns)
 
 
@@ -137,7 +167,8 @@ def find_sites(modifiers: Sequence[Any], subject: Subject) -> tuple[list[Site], 
         notes += [f"{kind}.{n}" for n in modifier.notes()]
         mine: dict[str, Site] = {}
         ranks: dict[str, int] = {}
-        groups = modifier.claims()
+        # what is to be left alone goes first, so that it wins where others name the same linears as exactly
+        groups = sorted(modifier.claims(), key=modifier.leaves, reverse=True)
         for group in groups:
             chosen = resolve(entries, group.targets, names(modifier.ignore), kind)
             faults += chosen.faults
@@ -159,6 +190,7 @@ def find_sites(modifiers: Sequence[Any], subject: Subject) -> tuple[list[Site], 
                     (Step(modifier, group),), _expert_of(subject, name), subject.dtype,
                 )  # fmt: skip
         used = {site.steps[0].claim.name for site in mine.values()}
+        mine = {name: site for name, site in mine.items() if not modifier.leaves(site.steps[0].claim)}
         if mine:
             faults += [
                 f"{kind}.config_groups.{g.name}: other groups name all of its linears more exactly; drop it"
@@ -217,19 +249,38 @@ def misfits(sites: Sequence[Site], subject: Subject) -> list[str]:
     found = []
     head = head_name(subject)
     for site in sites:
-        size = None if site.scheme is None else site.scheme.weights.group_size
-        if size and site.columns % size:
+        if site.scheme is not None:
             # a size that the next linear refuses is no help
-            alike = [s.columns for s in sites if s.group is site.group]
-            tries = ", ".join(str(n) for n in near_divisors(math.gcd(*alike), size))
-            found.append(
-                f"{site.name}: {site.columns} input columns are not divisible by group_size {size} (try {tries})"
-            )
+            alike = math.gcd(*(s.columns for s in sites if s.group is site.group))
+            found += [f"{site.name}: {fault}" for fault in _shape_faults(site, site.scheme, alike)]
         if site.module == head and subject.tied:
             found.append(f"{site.name}: tied to the input embedding, so it cannot be quantized alone; add it to ignore")
         elif site.key not in subject.layout.disk_of:
             found.append(f"{site.name}: has no weight of its own in the checkpoint; add it to ignore")
     return brief(found)
+
+
+def _shape_faults(site: Site, scheme: Scheme, alike: int) -> list[str]:
+    """Groups and blocks that do not divide the weight; `alike`: what divides the columns of all with this scheme."""
+    args, inputs = scheme.weights, scheme.input_activations
+    size = args.group_size
+    if size and site.columns % size:
+        why = f"{site.columns} input columns are not divisible by group_size {size}"
+        if args.type == "int":
+            tries = ", ".join(str(n) for n in near_divisors(alike, size))
+            return [f"{why} (try {tries})"]
+        return [f"{why}, which its format fixes; add it to ignore or choose another scheme"]
+    if args.block_structure is not None:
+        rows, columns = args.block_structure
+        if site.rows % rows or site.columns % columns:
+            return [
+                f"{site.rows} x {site.columns} is not divisible into blocks of {rows} x {columns}, as vLLM needs; "
+                "add it to ignore or use FP8_DYNAMIC"
+            ]
+    size = None if inputs is None else inputs.group_size
+    if size and site.columns % size:
+        return [f"{site.columns} input columns are not divisible by the activations' group_size {size}"]
+    return []
 
 
 def brief(found: list[str]) -> list[str]:

@@ -75,6 +75,7 @@ def plan_table(plan: Plan, limit: int | None) -> RenderableType:
     cost.add_row("host memory", f"about {_size(plan.host_bytes)}")
     if plan.device_bytes:
         cost.add_row("device memory", f"about {_size(plan.device_bytes)}")
+    cost.add_row("calibration data", "; ".join(plan.reads) or "not needed: no forward pass")
     if plan.needs_stats:
         cost.add_row("batch", f"{plan.batch_size} sequences, hidden states on the {plan.hidden_on}")
     cost.add_row("left as they are", Text(", ".join(plan.ignored[:8]) + (" ..." if len(plan.ignored) > 8 else "")))

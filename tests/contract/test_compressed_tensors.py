@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from importlib.metadata import version
 
 import pytest
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from bitpress import oneshot
 from bitpress.formats import bits
-from bitpress.schemes import PRESETS
+from bitpress.schemes import PRESETS, UNQUANTIZED, scheme_from_group
 from bitpress.transformers import SparseAutoModelForCausalLM
 from conftest import build, save, token_rows
 
@@ -49,15 +50,20 @@ def test_presets_mean_the_same():
     from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES, preset_name_to_scheme
 
     shared = [name for name in PRESETS if name in PRESET_SCHEMES]
-    assert {"W4A16", "W8A16", "W4A16_ASYM", "W8A8"} <= set(shared)
+    assert set(PRESET_SCHEMES) - {UNQUANTIZED} == set(shared)
+    assert PRESET_SCHEMES[UNQUANTIZED] == {}
     for name in shared:
         theirs = preset_name_to_scheme(name, ["Linear"])
+        assert PRESETS[name] == replace(
+            scheme_from_group(theirs.model_dump(exclude_none=True)), name=PRESETS[name].name
+        )
         ours = QuantizationScheme(targets=["Linear"], **PRESETS[name].to_dict())
         for part in ("weights", "input_activations"):
             mine, other = getattr(ours, part), getattr(theirs, part)
             assert (mine is None) == (other is None), name
             if mine is not None:
-                for key in ("num_bits", "type", "symmetric", "strategy", "group_size", "dynamic"):
+                keys = ("num_bits", "type", "symmetric", "strategy", "group_size", "dynamic")
+                for key in (*keys, "block_structure", "scale_dtype"):
                     assert getattr(mine, key) == getattr(other, key), (name, part, key)
 
 

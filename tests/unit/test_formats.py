@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from bitpress import formats
-from bitpress.formats import bits
-from bitpress.math.grid import QParams, Solved, dequantize, settle
+from bitpress.formats import bits, small_floats
+from bitpress.math.grid import QParams, Solved, dequantize, find_qparams, quantize, settle, values_of
 from bitpress.schemes import QuantArgs, Scheme, preset
 
 WIDTHS = range(2, 9)
@@ -134,7 +134,7 @@ def test_pack_is_as_described_and_unpacks(name, dtype):
     assert {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()} == spec
     assert all(t.is_contiguous() for t in tensors.values())
     assert ("weight_zero_point" in spec) == (not scheme.weights.symmetric)
-    assert_same(formats.unpack(tensors, scheme), solved)
+    assert_same(formats.unpack(tensors, scheme, dtype), solved)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -196,7 +196,7 @@ def test_compressed_tensors_reads_the_same_weight(name, dtype):
     ours = dequantize(solved.codes, solved.qparams)
     assert weight.dtype == dtype
     assert torch.equal(weight, ours)
-    assert torch.equal(formats.unpack(formats.pack(solved, scheme), scheme).dense(), ours)
+    assert torch.equal(formats.unpack(formats.pack(solved, scheme), scheme, dtype).dense(), ours)
 
 
 def test_grid_of_a_scheme():
@@ -212,9 +212,102 @@ def test_reading_and_writing_leave_their_inputs_alone(name):
     scheme = SCHEMES[name]
     solved = solved_for(scheme, torch.bfloat16)
     codes, scale = solved.codes.clone(), solved.qparams.scale.clone()
-    for write, read in ((formats.pack, formats.unpack), (formats.dense, formats.undense)):
+
+    def unpack(tensors, scheme):
+        return formats.unpack(tensors, scheme, torch.bfloat16)
+
+    for write, read in ((formats.pack, unpack), (formats.dense, formats.undense)):
         tensors = write(solved, scheme)
         before = {n: t.clone() for n, t in tensors.items()}
         read(tensors, scheme)
         assert all(torch.equal(t, before[n]) for n, t in tensors.items())
     assert torch.equal(solved.codes, codes) and torch.equal(solved.qparams.scale, scale)
+
+
+FLOATS = {
+    name: preset(name)
+    for name in ("FP8", "FP8_DYNAMIC", "FP8_BLOCK", "NVFP4", "NVFP4A16", "MXFP4", "MXFP6A16", "MXFP6A8", "MXFP8A16")
+}
+FLOATS["FP8-weights"] = Scheme(name=None, weights=preset("FP8_DYNAMIC").weights)
+FLOATS["FP8-groups"] = Scheme(
+    name=None, weights=QuantArgs(num_bits=8, type="float", strategy="group", group_size=32)
+)  # fmt: skip
+STATIC = {
+    f"W8A8-static-{'sym' if symmetric else 'asym'}": Scheme(
+        name=None,
+        weights=preset("W8A8").weights,
+        input_activations=QuantArgs(num_bits=8, symmetric=symmetric, strategy="tensor"),
+    )
+    for symmetric in (True, False)
+}
+PACKED = Scheme(
+    name=None, weights=preset("W4A8", 32).weights, input_activations=preset("W4A8").input_activations,
+    stored_as="pack-quantized",
+)  # fmt: skip
+RICH = {**FLOATS, **STATIC, "W4A8": preset("W4A8", 32), "W4A4": preset("W4A4", 32), "W4A8-packed": PACKED}
+INPUTS = {
+    "input_scale": lambda dtype: torch.tensor([0.0123], dtype=dtype),
+    "input_zero_point": lambda dtype: torch.tensor([-17], dtype=torch.int8),
+    "input_global_scale": lambda dtype: torch.tensor([321.5]),
+}
+
+
+def float_solved(scheme, dtype):
+    """A random weight on its grid, with what stands beside it."""
+    weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(5)) * 0.05
+    weight[7, :128] = 0
+    grid = formats.grid_of(scheme, dtype)
+    qparams = find_qparams(weight, grid)
+    beside = {name: INPUTS[name](dtype) for name in formats.describe_inputs(scheme, dtype)}
+    return Solved(quantize(weight, qparams, grid), qparams, torch.tensor(0.0), beside=beside)
+
+
+def assert_equal_solved(found, expected):
+    assert found.codes.dtype == expected.codes.dtype
+    assert torch.equal(values_of(found.codes), values_of(expected.codes))
+    for name in ("scale", "zero_point", "global_scale"):
+        a, b = getattr(found.qparams, name), getattr(expected.qparams, name)
+        assert (a is None) == (b is None)
+        assert a is None or (a.dtype == b.dtype and torch.equal(a, b))
+    assert found.beside.keys() == expected.beside.keys()
+    assert all(torch.equal(found.beside[n], expected.beside[n]) for n in found.beside)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", RICH)
+def test_floats_and_inputs_are_as_described_and_come_back(name, dtype):
+    scheme = RICH[name]
+    assert scheme.faults() == []
+    solved = settle(float_solved(scheme, dtype), formats.grid_of(scheme, dtype))
+    for write, describe, read in (
+        (formats.pack, formats.describe, lambda t, s: formats.unpack(t, s, dtype)),
+        (formats.dense, formats.describe_dense, formats.undense),
+    ):
+        tensors = write(solved, scheme)
+        assert {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()} == describe(scheme, 256, 256, dtype)
+        assert all(t.is_contiguous() for t in tensors.values())
+        assert_equal_solved(read(tensors, scheme), solved)
+
+
+def test_bits_of_small_floats():
+    fours = torch.tensor([[0.0, 0.5, -1.0, 6.0]]).to(torch.float8_e4m3fn)
+    assert small_floats.pack4(fours).tolist() == [[0x10, 0x7A]]
+    sixes = torch.tensor([[0.125, -7.5, 1.0, -0.0]]).to(torch.float8_e4m3fn)
+    word = 1 | (0x3F << 6) | (8 << 12)
+    assert small_floats.pack6(sixes).tolist() == [[word & 255, (word >> 8) & 255, word >> 16]]
+    for table, pack, unpack in (
+        (small_floats.E2M1, small_floats.pack4, small_floats.unpack4),
+        (small_floats.E2M3, small_floats.pack6, small_floats.unpack6),
+    ):
+        values = torch.tensor([*table, *(-v for v in table)])[None]
+        codes = values.to(torch.float8_e4m3fn)
+        assert torch.equal(values_of(unpack(pack(codes))), values)
+
+
+def test_scales_of_mx_are_exponents():
+    scheme = preset("MXFP4A16")
+    codes = torch.ones(1, 128).to(torch.float8_e4m3fn)
+    scale = torch.tensor([[1.0, 0.25, 2.0**-126, 2.0**127]])
+    tensors = formats.pack(Solved(codes, QParams(scale, None), torch.tensor(0.0)), scheme)
+    assert tensors["weight_scale"].tolist() == [[127, 125, 1, 254]]
+    assert torch.equal(formats.unpack(tensors, scheme, torch.float32).qparams.scale, scale)

@@ -5,7 +5,7 @@ import torch
 
 from bitpress.errors import NumericsError
 from bitpress.math.gptq import gptq
-from bitpress.math.grid import Grid, find_qparams, quantize
+from bitpress.math.grid import Grid, find_all, find_qparams, quantize, values_of
 from bitpress.math.masks import Structure, holds, keep_best
 from bitpress.math.rtn import round_to_nearest
 from bitpress.math.sparsegpt import sparsegpt
@@ -248,3 +248,51 @@ def test_a_dense_neighbour_and_incidental_zeros_change_nothing(symmetric):
     assert int((alone.codes != beside.codes).any(1).sum()) <= 1
     assert bool(alone.dense()[dense == 0].any()), "a dense layer's zeros are free"
     assert not other.dense()[pruned == 0].any()
+
+
+FLOAT_GRIDS = {
+    "fp8 channel": Grid(8, True, None, False, torch.float32, "e4m3"),
+    "fp8 block": Grid(8, True, 16, False, torch.float32, "e4m3", block_rows=8),
+    "nvfp4": Grid(4, True, 16, False, torch.bfloat16, "e2m1", "two-level"),
+    "mxfp4": Grid(4, True, 16, False, torch.float32, "e2m1", "power of two"),
+    "mxfp6": Grid(6, True, 16, False, torch.float32, "e2m3", "power of two"),
+}
+TABLES = {"e2m1": [0, 0.5, 1, 1.5, 2, 3, 4, 6]}
+TABLES["e2m3"] = [m / 8 for m in range(8)] + [(1 + m / 8) * 2**e for e in range(3) for m in range(8)]
+TABLES["e4m3"] = [m / 512 for m in range(8)] + [(1 + m / 8) * 2.0**e for e in range(-6, 9) for m in range(8)][:-1]
+
+
+@pytest.mark.parametrize("order", [True, False])
+@pytest.mark.parametrize("name", FLOAT_GRIDS)
+def test_floats_equal_the_paper(name, order):
+    grid, stats, weight = FLOAT_GRIDS[name], correlated(64), normal(24, 64) * 0.1
+    (result,) = gptq([weight], stats, grid, order=order, block_size=16)
+    table = torch.tensor(TABLES[grid.values], dtype=torch.float64)
+    table = torch.cat([-table.flip(0)[:-1], table])
+    # column by column in float64, each quotient to the value that is nearest by distance
+    W, H = weight.double().clone(), stats.gram.double().clone()
+    diagonal = H.diagonal().clone()
+    H += torch.eye(64, dtype=torch.float64) * (0.01 * diagonal.mean())
+    perm = torch.sort(diagonal, descending=True, stable=True).indices if order else torch.arange(64)
+    factor = torch.linalg.cholesky(torch.linalg.inv(H[perm][:, perm]), upper=True)
+    scale, codes = result.qparams.effective().double(), torch.empty_like(W)
+    for k, j in enumerate(perm.tolist()):
+        s = scale[:, j // (64 // scale.shape[1])]
+        codes[:, j] = table[((W[:, j] / s)[:, None] - table).abs().argmin(1)]
+        W[:, perm[k:]] -= ((W[:, j] - codes[:, j] * s) / factor[k, k])[:, None] * factor[k, k:]
+    ours = values_of(result.codes).double()
+    assert float((ours == codes).all(1).double().mean()) >= 0.9
+    nearest = find_qparams(weight, grid, diagonal.float(), search=True)
+    assert torch.equal(nearest.scale, result.qparams.scale)
+    rounded = values_of(quantize(weight, nearest, grid)).double() * spread(scale, 64 // scale.shape[1])
+    assert quadratic(weight, result.dense(), stats.gram) < 0.8 * quadratic(weight, rounded, stats.gram)
+
+
+def test_linears_of_one_product_share_their_scale_on_top():
+    grid, stats = FLOAT_GRIDS["nvfp4"], correlated(64)
+    weights = [normal(8, 64, seed=s) * (s + 1) for s in range(3)]
+    results = gptq(weights, stats, grid)
+    expected = find_all(weights, grid, stats.gram.diagonal(), search=True)
+    for result, q in zip(results, expected, strict=True):
+        assert torch.equal(result.qparams.global_scale, expected[0].global_scale)
+        assert torch.equal(result.qparams.scale, q.scale)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bitpress.math import grid as grid_module
-from bitpress.math.grid import SHRINK, Grid, QParams, dequantize, find_qparams, quantize, solved
+from bitpress.math.grid import SHRINK, Grid, QParams, dequantize, find_all, find_qparams, quantize, solved, values_of
 from bitpress.math.rtn import round_to_nearest
 
 R, C, SIZE = 6, 48, 16
@@ -252,3 +252,196 @@ def test_round_to_nearest(symmetric, observer):
     assert result.dense().dtype == torch.bfloat16
     other = round_to_nearest(weight, g, observer="mse" if observer == "minmax" else "minmax")
     assert (result.error < other.error) == (observer == "mse")
+
+
+# floats: every value by hand from exponent and mantissa bits (sign aside), the last two of e4m3 being NaN and none
+def magnitudes(exponent_bits, mantissa_bits, bias, count):
+    out = []
+    for code in range(count):
+        exponent, mantissa = code >> mantissa_bits, code & ((1 << mantissa_bits) - 1)
+        lead, power = (1, exponent - bias) if exponent else (0, 1 - bias)
+        out.append((lead + mantissa / (1 << mantissa_bits)) * 2.0**power)
+    return torch.tensor(out, dtype=torch.float64)
+
+
+KINDS = {
+    "e2m1": magnitudes(2, 1, 1, 8),
+    "e2m3": magnitudes(2, 3, 1, 32),
+    "e4m3": magnitudes(4, 3, 7, 127),
+}
+BITS = {"e2m1": 4, "e2m3": 6, "e4m3": 8}
+LARGEST = {"e2m1": 6.0, "e2m3": 7.5, "e4m3": 448.0}
+
+
+def float_grid(values, scales="free", strategy="group", dtype=torch.float32, size=SIZE, block_rows=1):
+    per_tensor = strategy == "tensor"
+    group = size if strategy == "group" else None
+    return Grid(BITS[values], True, group, per_tensor, dtype, values, scales, block_rows)
+
+
+def nearest_by_hand(x, values):
+    """The value at the least distance in float64; of two, the one with the even code."""
+    table = KINDS[values]
+    distance = (x.double().abs()[:, None] - table).abs()
+    nearest = distance.amin(1, keepdim=True)
+    codes = torch.arange(len(table)).expand_as(distance)
+    odd_is_far = torch.where(distance == nearest, codes % 2 * 1000 + codes, 10_000)
+    return table[odd_is_far.argmin(1)] * x.double().sign()
+
+
+@pytest.mark.parametrize("values", KINDS)
+def test_floats_round_to_the_nearest_value(values):
+    table = KINDS[values]
+    middles = ((table[1:] + table[:-1]) / 2).float()
+    beyond = torch.tensor([1.0, 1.03, 1.2, 50.0]) * LARGEST[values]
+    random_ones = random(4000).abs() * LARGEST[values] / 4
+    small = random(1000).abs() * float(table[1]) * 4
+    close = torch.cat([torch.nextafter(middles, torch.tensor(0.0)), torch.nextafter(middles, torch.tensor(1e9))])
+    x = torch.cat([table.float(), middles, close, beyond, random_ones, small])
+    x = torch.cat([x, -x])
+    g = float_grid(values)
+    found = g.nearest_(x.clone())
+    assert torch.equal(found.double(), nearest_by_hand(x, values))
+    assert torch.equal(values_of(g.codes(found)), found)
+    assert bool((g.codes(found).view(torch.uint8) != 0x80).all()), "there is one zero"
+
+
+def test_every_code_of_e4m3_has_its_value():
+    codes = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn)
+    finite = (codes.view(torch.uint8) & 0x7F) != 0x7F
+    assert torch.equal(values_of(codes)[finite], codes.float()[finite])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("values", KINDS)
+def test_the_largest_weight_is_the_largest_float(values, strategy):
+    weight, g = random(R, C), float_grid(values, strategy=strategy)
+    found = find_qparams(weight, g)
+    grouped = (weight / spread(found.scale, g).float()).reshape(R, g.groups(C), -1).abs()
+    largest = grouped.amax() if g.per_tensor else grouped.amax(-1)
+    torch.testing.assert_close(largest, torch.full_like(largest, LARGEST[values]), rtol=1e-6, atol=0)
+    assert quantize(weight, found, g).dtype == torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize("search", [False, True])
+def test_a_block_has_one_scale(search):
+    weight, g = random(64, C), float_grid("e4m3", block_rows=16)
+    found = find_qparams(weight, g, random(C, seed=1).abs(), search=search)
+    blocks = found.scale.reshape(4, 16, 3)
+    assert torch.equal(blocks, blocks[:, :1].expand_as(blocks))
+    assert g.scale_shape(64, C) == (4, 3) and torch.equal(g.repeated(g.once(found.scale), 64), found.scale)
+    if not search:
+        absmax = weight.reshape(4, 16, 3, SIZE).abs().amax((1, 3))
+        torch.testing.assert_close(g.once(found.scale), absmax / 448, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("values", KINDS)
+def test_powers_of_two_are_the_smallest_that_do(values, dtype):
+    weight, g = random(R, C) * 0.1, float_grid(values, "power of two", dtype=dtype)
+    found = find_qparams(weight, g)
+    scale = found.scale.double()
+    assert torch.equal(scale.log2(), scale.log2().round())
+    # half a step beyond the largest float is still rounded to it
+    limit = LARGEST[values] + float(KINDS[values][-1] - KINDS[values][-2]) / 2
+    ratio = weight.double().abs().reshape(R, 3, SIZE).amax(-1) / scale
+    assert bool(((ratio < limit) & (ratio >= limit / 2)).all())
+
+
+def test_the_rule_of_powers_of_two_is_that_of_compressed_tensors():
+    helpers = pytest.importorskip("compressed_tensors.quantization.utils.mxfp_utils")
+    absmax = torch.cat([random(500).abs() * 3, torch.tensor([7.0, 6.999, 3.5, 1.75, 0.4375])])
+    for bits, values in ((4, "e2m1"), (6, "e2m3")):
+        if bits == 6 and not hasattr(helpers, "FP6_E2M3_DATA"):
+            continue
+        weight = absmax[:, None].expand(-1, SIZE).contiguous()
+        ours = find_qparams(weight, float_grid(values, "power of two")).scale[:, 0]
+        assert torch.equal(ours, 2.0 ** (helpers.generate_mx_scales(absmax, bits) - 127))
+
+
+@pytest.mark.parametrize("search", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_two_level_scales(dtype, search):
+    weight, g = random(R, C) * 0.05, float_grid("e2m1", "two-level", dtype=dtype)
+    found = find_qparams(weight, g, search=search)
+    assert found.global_scale.dtype == torch.float32 and found.global_scale.shape == (1,)
+    torch.testing.assert_close(found.global_scale, 448 * 6 / weight.abs().amax().reshape(1))
+    local = found.scale.float()
+    assert found.scale.dtype == dtype
+    assert torch.equal(local, local.to(torch.float8_e4m3fn).float()) and float(local.max()) <= 448
+    assert torch.equal(found.effective(), local / found.global_scale)
+    dense = dequantize(quantize(weight, found, g), found)
+    assert dense.dtype == dtype
+    grouped = weight.reshape(R, 3, SIZE)
+    assert bool(((dense.float() - weight).abs().reshape(R, 3, SIZE) <= grouped.abs().amax(-1, keepdim=True) / 5).all())
+
+
+@pytest.mark.parametrize(
+    ("values", "scales"),
+    [
+        ("e4m3", "free"),
+        ("e2m1", "two-level"),
+        ("e2m1", "power of two"),
+        ("e2m3", "power of two"),
+        ("e4m3", "power of two"),
+    ],
+)
+@pytest.mark.parametrize("weighted", [False, True], ids=["mse", "hessian"])
+def test_search_of_float_scales_takes_the_best_candidate(values, scales, weighted):
+    weight, g = random(R, C), float_grid(values, scales)
+    importance = random(C, seed=1).abs() if weighted else torch.ones(C)
+
+    def loss(q):
+        error = values_of(quantize(weight, q, g)).double() * spread(q.effective(), g) - weight.double()
+        return group_sums(error.square() * importance, g)
+
+    best = loss(find_qparams(weight, g, importance, search=True))
+    minmax = find_qparams(weight, g)
+    assert bool((best <= loss(minmax) * (1 + 1e-4)).all())
+    for share in g.shares:
+        scale = minmax.scale * share
+        if scales == "two-level":  # scales of 8-bit floats have few neighbours: the next ones above and below
+            step = torch.where(scale < minmax.scale, 0.9375, 1.125)
+            scale = (minmax.scale * step).clamp(max=448).to(torch.float8_e4m3fn).float() / minmax.global_scale
+            assert float(best.sum()) <= float(loss(QParams(scale, None)).sum()) * (1 + 1e-3)
+            continue
+        assert bool((best <= loss(QParams(scale, None)) * (1 + 1e-3)).all()), share
+
+
+def test_linears_of_one_product_share_what_they_must():
+    weights = [random(4, C) * 0.1, random(8, C, seed=1), random(2, C, seed=2)]
+    for g in (float_grid("e2m1", "two-level"), float_grid("e4m3", strategy="tensor")):
+        assert g.fused
+        found = find_all(weights, g)
+        together = find_qparams(torch.cat(weights), g)
+        assert torch.equal(torch.cat([q.scale for q in found]), together.scale)
+        tops = [q.global_scale for q in found]
+        assert len({None if t is None else t.item() for t in tops}) == 1
+    for g in (float_grid("e4m3", strategy="channel"), grid(8, True, "tensor"), float_grid("e2m1", "power of two")):
+        assert not g.fused
+        alone = [find_qparams(w, g).scale for w in weights]
+        assert all(torch.equal(q.scale, s) for q, s in zip(find_all(weights, g), alone, strict=True))
+
+
+@pytest.mark.parametrize("search", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("values", "scales"), [("e4m3", "free"), ("e2m1", "two-level"), ("e2m3", "power of two"), ("e2m1", "power of two")]
+)
+def test_float_groups_of_zeros(values, scales, dtype, search):
+    weight = random(R, C)
+    weight[:, SIZE : 2 * SIZE] = 0
+    weight[1] = 0
+    for w in (weight, torch.zeros(R, C)):
+        g = float_grid(values, scales, dtype=dtype)
+        found = find_qparams(w, g, torch.ones(C), search=search)
+        assert bool(torch.isfinite(found.effective()).all()) and bool((found.scale > 0).all())
+        dense = dequantize(quantize(w, found, g), found)
+        assert bool((dense[w == 0] == 0).all())
+
+
+def test_float_round_to_nearest():
+    weight = random(64, C) * 0.05
+    plain = round_to_nearest(weight, float_grid("e2m1", "two-level", dtype=torch.bfloat16))
+    searched = round_to_nearest(weight, float_grid("e2m1", "two-level", dtype=torch.bfloat16), observer="mse")
+    assert searched.error < 0.95 * plain.error

@@ -80,7 +80,7 @@ def test_exactly_one_of_scheme_and_groups(cls):
     [
         ({"scheme": 4}, "scheme: expected text or null, got 4"),
         ({"scheme": "W4A61"}, "scheme: 'W4A61' is unknown. Did you mean 'W4A16'?"),
-        ({"scheme": "FP8"}, "scheme: 'FP8' is known but not implemented yet; available: W2A16"),
+        ({"scheme": "FP9"}, "scheme: 'FP9' is unknown. Did you mean 'FP8'?"),
         ({"group_size": True}, "group_size: expected a whole number or null, got True"),
         ({"group_size": 0}, "group_size: expected a positive whole number, or -1 for channel, got 0"),
         ({"scheme": "W8A8", "group_size": 64}, "group_size: W8A8 has one scale per channel; drop"),
@@ -90,7 +90,7 @@ def test_exactly_one_of_scheme_and_groups(cls):
         ({"ignore": ["re:*"]}, "ignore: 're:*' is not a regular expression: nothing to repeat"),
         ({"ignore": 3}, "ignore: expected a name or a list of names, got 3"),
         ({"observer": "mean"}, "observer: expected 'minmax', 'mse'"),
-        ({"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme: not implemented yet; drop it"),
+        ({"kv_cache_scheme": {"num_bits": 9}}, "kv_cache_scheme.num_bits: must be 2 to 8 for int, got 9"),
         ({"group_sise": 64}, "group_sise: unknown key. Did you mean 'group_size'?"),
     ],
 )
@@ -267,3 +267,40 @@ def test_what_is_given_is_copied():
     groups["group_0"]["weights"]["num_bits"] = 99
     modifier.to_dict()["config_groups"].clear()
     assert modifier.groups()[0].scheme.weights.num_bits == 4
+
+
+STATIC = {"weights": {"num_bits": 8, "strategy": "channel"}, "input_activations": {"num_bits": 8, "strategy": "tensor"}}
+CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "needs"),
+    [
+        ({"scheme": "W4A16"}, set()),
+        ({"scheme": "FP8_DYNAMIC"}, set()),
+        ({"scheme": "FP8"}, {"range"}),
+        ({"scheme": "NVFP4"}, {"range"}),
+        ({"config_groups": {"a": STATIC, "W4A16": ["re:.*mlp.*"]}}, {"range"}),
+        ({"scheme": "W4A16", "kv_cache_scheme": CACHE}, {"cache"}),
+        ({"kv_cache_scheme": CACHE}, {"cache"}),
+        ({"kv_cache_scheme": {**CACHE, "strategy": "token", "dynamic": True}}, set()),
+    ],
+)
+def test_what_static_scales_need(keys, needs):
+    assert QuantizationModifier(**keys).needs == needs
+    expected = needs | {"gram"} if "scheme" in keys or "config_groups" in keys else needs
+    assert GPTQModifier(**keys).needs == expected
+
+
+def test_each_claim_needs_only_its_own():
+    modifier = QuantizationModifier(config_groups={"a": STATIC, "W4A16": ["re:.*mlp.*"]})
+    assert [modifier.needs_of(claim) for claim in modifier.claims()] == [{"range"}, set()]
+
+
+def test_unquantized_names_linears_to_leave_alone():
+    modifier = QuantizationModifier(config_groups={"unquantized": ["re:.*o_proj"], "W8A8": ["Linear"]})
+    assert [modifier.leaves(claim) for claim in modifier.claims()] == [True, False]
+    assert [group.name for group in modifier.groups()] == ["W8A8"]
+    assert problems(QuantizationModifier, config_groups={"UNQUANTIZED": ["Linear"]}) == [
+        "QuantizationModifier.config_groups: UNQUANTIZED leaves its linears alone, so nothing would be quantized"
+    ]

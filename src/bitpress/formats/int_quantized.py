@@ -1,6 +1,6 @@
 """compressed-tensors `int-quantized`: one int8 a weight, for runtimes that multiply int8 activations.
 
-weight (R, C) int8; weight_scale (R, 1), (1,) per tensor; asymmetric also weight_zero_point int8 of the same shape.
+weight (R, C) int8; weight_scale (R, G), (1,) per tensor; asymmetric also weight_zero_point int8 of the same shape.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from bitpress.math.grid import Grid, QParams
 
 def describe(grid: Grid, rows: int, columns: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Suffix -> (dtype, shape) of a linear (rows, columns)."""
-    shape = (1,) if grid.per_tensor else (rows, grid.groups(columns))
+    shape = grid.scale_shape(rows, columns)
     spec: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         "weight": (torch.int8, (rows, columns)),
         "weight_scale": (grid.scale_dtype, shape),
@@ -25,20 +25,15 @@ def describe(grid: Grid, rows: int, columns: int) -> dict[str, tuple[torch.dtype
 
 def pack(codes: Tensor, qparams: QParams, grid: Grid) -> dict[str, Tensor]:
     """Codes (R, C) int8 and their parameters as stored tensors."""
-
-    def stored(x: Tensor) -> Tensor:
-        return x[0].clone() if grid.per_tensor else x.contiguous()
-
-    tensors = {"weight": codes.contiguous(), "weight_scale": stored(qparams.scale)}
+    tensors = {"weight": codes.contiguous(), "weight_scale": grid.once(qparams.scale)}
     if qparams.zero_point is not None:
-        tensors["weight_zero_point"] = stored(qparams.zero_point)
+        tensors["weight_zero_point"] = grid.once(qparams.zero_point)
     return tensors
 
 
 def unpack(tensors: dict[str, Tensor], grid: Grid) -> tuple[Tensor, QParams]:
     """The inverse of `pack`."""
-    codes, scale, zero = tensors["weight"], tensors["weight_scale"], tensors.get("weight_zero_point")
-    if grid.per_tensor:
-        scale = scale.expand(len(codes), 1)
-        zero = None if zero is None else zero.expand(len(codes), 1)
-    return codes, QParams(scale, zero)
+    codes, zero = tensors["weight"], tensors.get("weight_zero_point")
+    rows = len(codes)
+    zero = None if zero is None else grid.repeated(zero, rows)
+    return codes, QParams(grid.repeated(tensors["weight_scale"], rows), zero)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bitpress.errors import NumericsError
 from bitpress.math.descent import descend
-from bitpress.math.grid import Grid, QParams, Solved, find_qparams, solved
+from bitpress.math.grid import Grid, QParams, Solved, find_all, solved
 from bitpress.math.masks import pruned
 from bitpress.math.stats import InputStats
 from bitpress.math.sweep import inverse_factor, sweep
@@ -56,10 +56,10 @@ def gptq(
     C = gram.shape[0]
     importance = None if observer == "mse" else diagonal
     search = observer != "minmax"
-    qparams = [find_qparams(w, grid, importance, search=search) for w in weights]
+    qparams = find_all(weights, grid, importance, search)
     rows = [len(w) for w in weights]
     stacked = torch.cat(list(weights))
-    scale = torch.cat([q.scale for q in qparams])
+    scale = torch.cat([q.effective() for q in qparams])
     zeros = [q.zero_point for q in qparams if q.zero_point is not None]
     both = QParams(scale, torch.cat(zeros) if zeros else None)
 

@@ -1,12 +1,24 @@
-"""Quantization grids: scales, zero points, rounding, for tensor, channel and group alike.
+"""Quantization grids: scales, zero points, rounding, for every strategy and every kind of code alike.
 
-Legend: R out features, C in features, G groups of columns, K candidates. `codes` are signed integers in
-[qmin, qmax] = [-2^(b-1), 2^(b-1) - 1]; a weight is (code - zero_point) * scale.
+Legend: R out features, C in features, G groups of columns, K candidates. A weight is (code - zero_point) * scale.
+
+| values    | codes                                            | tensor of codes |
+|-----------|--------------------------------------------------|-----------------|
+| int       | -2^(b-1) .. 2^(b-1) - 1                           | int8            |
+| e4m3      | 8-bit floats, to 448 (no infinity)               | float8_e4m3fn   |
+| e2m3      | 6-bit floats, to 7.5                             | float8_e4m3fn   |
+| e2m1      | 4-bit floats 0, 0.5, 1, 1.5, 2, 3, 4, 6          | float8_e4m3fn   |
+
+The floats of the OCP formats (Rouhani et al. 2023, arXiv 2310.10537) are all values of float8_e4m3fn.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,18 +27,32 @@ from bitpress.math.stats import bfloat16_products
 
 CHUNK = 1 << 20  # weights per chunk of the scale search; 2^17 and less were slower
 SHRINK = tuple(1.06 - 0.03 * k for k in range(22))  # candidate scales, as shares of the min-max scale
+# floats have the same relative step at every scale but for their ends: one octave holds all there is to choose from
+OCTAVE = tuple(1.0 - 0.03 * k for k in range(17))
+# with four bits it pays to let the largest weight be a 4 in place of a 6 (Cook et al. 2025, arXiv 2512.02010)
+FOUR_OR_SIX = tuple(1.56 - 0.06 * k for k in range(16))
+DOUBLINGS = (2.0, 1.0, 0.5)
+E4M3_MAX, E4M3_MIN = 448.0, 2.0**-9
+
+Values = Literal["int", "e4m3", "e2m3", "e2m1"]
+Scales = Literal["free", "two-level", "power of two"]
+FLOATS = {"e4m3": (3, -6, E4M3_MAX), "e2m3": (3, 0, 7.5), "e2m1": (1, 0, 6.0)}  # mantissa bits, least exponent, largest
 
 
 @dataclass(frozen=True)
 class Grid:
-    """An integer grid.
+    """What values weights can have.
 
     Attributes:
         bits: 2 to 8.
         symmetric: no zero point.
         group_size: columns that share a scale; None: the whole row.
         per_tensor: all rows share one scale too.
-        scale_dtype: dtype in which scales are stored; they are rounded to it before anything is quantized.
+        scale_dtype: dtype of the model, to which scales are rounded before anything is quantized.
+        values: the kind of code; "int", or the float format.
+        scales: "free", any number of `scale_dtype`; "two-level", an e4m3 number over one float32 number for the whole
+            tensor (NVFP4); "power of two" (MX).
+        block_rows: rows that share a scale.
     """
 
     bits: int
@@ -34,36 +60,111 @@ class Grid:
     group_size: int | None
     per_tensor: bool
     scale_dtype: torch.dtype
+    values: Values = "int"
+    scales: Scales = "free"
+    block_rows: int = 1
 
     @property
     def qmin(self) -> int:
+        """The least integer code."""
         return -(1 << (self.bits - 1))
 
     @property
     def qmax(self) -> int:
+        """The largest integer code."""
         return (1 << (self.bits - 1)) - 1
 
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """dtype of a tensor of codes."""
+        return torch.int8 if self.values == "int" else torch.float8_e4m3fn
+
+    @property
+    def full(self) -> float:
+        """What the largest weight of a group is mapped to by its min-max scale, symmetric grids."""
+        return (self.qmax - self.qmin) / 2 if self.values == "int" else FLOATS[self.values][2]
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Candidates of the scale search, as shares of the min-max scale."""
+        if self.scales == "power of two":
+            return DOUBLINGS
+        return {"int": SHRINK, "e2m1": FOUR_OR_SIX}.get(self.values, OCTAVE)
+
+    @property
+    def fused(self) -> bool:
+        """Whether linears that clients run as one product must share a number: a tensor's float scale, or the one
+        on top of the others. The weights of one call of a solver are then such linears."""
+        return self.scales == "two-level" or (self.per_tensor and self.values != "int")
+
     def nearest_(self, x: Tensor) -> Tensor:
-        """Round `x` = weight / scale + zero point in place to the nearest value that a code can have; returns it."""
-        return x.round_().clamp_(self.qmin, self.qmax)
+        """Round float32 `x` = weight / scale + zero point in place to the nearest value of a code; returns it.
+
+        Ties go to the even code, what is beyond the ends goes to them.
+        """
+        if self.values == "int":
+            return x.round_().clamp_(self.qmin, self.qmax)
+        mantissa, least, largest = FLOATS[self.values]
+        step = binade(x).clamp_(min=2.0**least).mul_(2.0**-mantissa)
+        return x.div_(step).round_().mul_(step).clamp_(-largest, largest)
+
+    def codes(self, values: Tensor) -> Tensor:
+        """The tensor of codes that holds what `nearest_` returned; zeros lose their sign."""
+        return values.to(torch.int8) if self.values == "int" else (values + 0.0).to(torch.float8_e4m3fn)
 
     def groups(self, columns: int) -> int:
         return 1 if self.group_size is None else columns // self.group_size
 
+    def scale_shape(self, rows: int, columns: int) -> tuple[int, ...]:
+        """Shape of the scales as they are stored: each once."""
+        return (1,) if self.per_tensor else (rows // self.block_rows, self.groups(columns))
+
+    def once(self, x: Tensor) -> Tensor:
+        """Scales or zero points (R, G) as they are stored; copied where that is less."""
+        return x[0].clone() if self.per_tensor else x[:: self.block_rows].contiguous()
+
+    def repeated(self, x: Tensor, rows: int) -> Tensor:
+        """The inverse of `once`: (R, G)."""
+        return x.expand(rows, 1) if self.per_tensor else x.repeat_interleave(self.block_rows, 0)
+
+
+def binade(x: Tensor) -> Tensor:
+    """The power of two at or below |x|, float32; 0 where x is 0 or denormal."""
+    return (x.view(torch.int32) & 0x7F800000).view(torch.float32)
+
+
+def values_of(codes: Tensor) -> Tensor:
+    """Codes as float32; for floats by their bits, some ten times as fast as torch's own conversion on the CPU."""
+    if codes.dtype != torch.float8_e4m3fn:
+        return codes.to(torch.float32)
+    bits = codes.view(torch.uint8).to(torch.int32)
+    placed = ((bits & 0x7F) << 20) | ((bits & 0x80) << 24)  # exponent and mantissa in float32's places, bias too small
+    return placed.view(torch.float32) * 2.0**120
+
 
 @dataclass(frozen=True)
 class QParams:
-    """Scale (R, G) in the stored dtype and zero point (R, G) int8, None if symmetric.
+    """Scale (R, G) in the model's dtype and zero point (R, G) int8, None if symmetric.
 
-    One scale for the whole tensor is (R, 1) with equal rows here, so that no solver needs a branch for it.
+    One scale for the whole tensor is (R, 1) with equal rows here, one for a block of rows is repeated, so that no
+    solver needs a branch for them.
+
+    Attributes:
+        global_scale: (1,) float32, by which all scales are divided; None but for two-level scales.
     """
 
     scale: Tensor
     zero_point: Tensor | None
+    global_scale: Tensor | None = None
+
+    def effective(self) -> Tensor:
+        """The scale (R, G) float32 that codes are multiplied by."""
+        scale = self.scale.to(torch.float32)
+        return scale if self.global_scale is None else scale / self.global_scale
 
     def to(self, device: torch.device | str) -> QParams:
-        zero = None if self.zero_point is None else self.zero_point.to(device)
-        return QParams(self.scale.to(device), zero)
+        zero, top = (None if t is None else t.to(device) for t in (self.zero_point, self.global_scale))
+        return QParams(self.scale.to(device), zero, top)
 
     def rows(self, lo: int, hi: int) -> QParams:
         zero = None if self.zero_point is None else self.zero_point[lo:hi]
@@ -75,17 +176,19 @@ class Solved:
     """A solved linear: codes (R, C) with their parameters, or a dense weight, and the error that was made.
 
     Attributes:
-        codes: (R, C) int8; None if the linear is not quantized.
+        codes: (R, C); None if the linear is not quantized.
         qparams: of the codes.
         error: share of the layer's output energy that is lost, tr(dW G dW^T) / tr(W G W^T); without data, of the
             weight's own energy.
         weight: (R, C) as it is stored, where there are no codes.
+        beside: tensors that are stored beside the weight, such as `input_scale`, by suffix.
     """
 
     codes: Tensor | None
     qparams: QParams | None
     error: Tensor
     weight: Tensor | None = None
+    beside: Mapping[str, Tensor] = field(default_factory=dict)
 
     def dense(self) -> Tensor:
         """The weight (R, C) that a reader of the checkpoint computes, in the dtype of the scales or as stored."""
@@ -104,10 +207,12 @@ class Solved:
 def find_qparams(weight: Tensor, grid: Grid, importance: Tensor | None = None, search: bool = False) -> QParams:
     """Scales and zero points of a weight.
 
-    Without `search` the range of each group is covered (min-max; symmetric: absmax / (qmax + 0.5), so that the
-    largest weight errs by at most half a step). With it, each group takes, among `SHRINK` shares of that range,
-    the one with the least sum of importance * error^2. With importance = diag(Gram) this is the group's output
-    error if its inputs were uncorrelated; plain weight error (importance None) is known to be worse for GPTQ.
+    Without `search` the range of each group is covered (min-max; symmetric integers: absmax / (qmax + 0.5), so that
+    the largest weight errs by at most half a step; floats: the largest weight is the largest code; powers of two: the
+    smallest at which the largest weight errs by at most half a step). With it, each group takes, among `grid.shares`
+    of that range, the one with the least sum of importance * error^2. With importance = diag(Gram) this is the
+    group's output error if its inputs were uncorrelated; plain weight error (importance None) is known to be worse
+    for GPTQ.
 
     Args:
         weight: (R, C) float32.
@@ -116,46 +221,92 @@ def find_qparams(weight: Tensor, grid: Grid, importance: Tensor | None = None, s
         search: search the scale instead of covering the range.
 
     Returns:
-        scale (R, G) in `grid.scale_dtype`, zero point (R, G) int8 or None.
+        scale (R, G) in `grid.scale_dtype`, zero point (R, G) int8 or None, global scale (1,) float32 or None.
     """
     R, C = weight.shape
     G = grid.groups(C)
     grouped = weight.reshape(R, G, C // G)
-    low, high = grouped.amin(-1), grouped.amax(-1)
-    if grid.per_tensor:
-        low, high = low.amin().expand(R, G), high.amax().expand(R, G)
-    full = _from_range(low, high, grid)
+    low, high = _shared(grouped.amin(-1), grid, torch.amin), _shared(grouped.amax(-1), grid, torch.amax)
+    top = global_scale(low, high) if grid.scales == "two-level" else None
+    full = _from_range(low, high, grid, top)
     if not search:
         return full
     if importance is None:
         importance = torch.ones(C, device=weight.device)
     importance = importance.reshape(1, G, C // G).float()
-    candidates = [_from_range(low * share, high * share, grid) for share in SHRINK]
-    losses = [_squared_error(grouped, c, importance, grid) for c in candidates]
-    if grid.per_tensor:
-        losses = [loss.sum().expand(R, G) for loss in losses]
+    candidates = [_from_range(low * share, high * share, grid, top) for share in grid.shares]
+    losses = [_shared(_squared_error(grouped, c, importance, grid), grid, torch.sum) for c in candidates]
     best = torch.stack(losses).argmin(0, keepdim=True)
     scale = torch.stack([c.scale for c in candidates]).gather(0, best)[0]
     if grid.symmetric:
-        return QParams(scale, None)
+        return QParams(scale, None, top)
     zeros = torch.stack([c.zero_point for c in candidates if c.zero_point is not None])
     return QParams(scale, zeros.gather(0, best)[0])
 
 
-def _from_range(low: Tensor, high: Tensor, grid: Grid) -> QParams:
+def find_all(
+    weights: Sequence[Tensor], grid: Grid, importance: Tensor | None = None, search: bool = False
+) -> list[QParams]:
+    """`find_qparams` of weights with the same columns; on a fused grid they share what must be shared."""
+    if not grid.fused:
+        return [find_qparams(w, grid, importance, search) for w in weights]
+    both = find_qparams(torch.cat(list(weights)), grid, importance, search)
+    ends = list(accumulate(len(w) for w in weights))
+    return [both.rows(end - len(w), end) for w, end in zip(weights, ends, strict=True)]
+
+
+def _shared(x: Tensor, grid: Grid, reduce: Callable[..., Tensor]) -> Tensor:
+    """Extremes or sums (R, G) over all that shares a scale, repeated to (R, G)."""
+    R, G = x.shape
+    if grid.per_tensor:
+        return reduce(x).expand(R, G)
+    if grid.block_rows == 1:
+        return x
+    blocks = reduce(x.reshape(R // grid.block_rows, grid.block_rows, G), 1)
+    return blocks.repeat_interleave(grid.block_rows, 0)
+
+
+def global_scale(low: Tensor, high: Tensor) -> Tensor:
+    """By what e4m3 scales are divided for the largest group's to be the largest e4m3 number, (1,) float32."""
+    absmax = torch.maximum(low.float().abs().amax(), high.float().abs().amax())
+    top = E4M3_MAX * FLOATS["e2m1"][2] / absmax
+    return torch.where(absmax > 0, top.clamp(max=torch.finfo(torch.float32).max), 1.0).reshape(1)
+
+
+def _from_range(low: Tensor, high: Tensor, grid: Grid, top: Tensor | None) -> QParams:
     """The grid over [low, high] (R, G), extended to contain zero."""
+    if grid.symmetric:
+        return QParams(_stored(torch.maximum(low.abs(), high.abs()), grid, top), None, top)
     levels = grid.qmax - grid.qmin
-    if grid.symmetric:
-        scale = torch.maximum(low.abs(), high.abs()) * (2 / levels)
-    else:
-        low, high = low.clamp(max=0), high.clamp(min=0)
-        scale = (high - low) / levels
-    smallest = torch.finfo(grid.scale_dtype).tiny
-    scale = torch.where(scale > 0, scale.clamp(min=smallest), 1.0).to(grid.scale_dtype)
-    if grid.symmetric:
-        return QParams(scale, None)
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = _normal((high - low) / levels, grid)
     zero = (grid.qmin - low / scale.float()).round().clamp(grid.qmin, grid.qmax)
     return QParams(scale, zero.to(torch.int8))
+
+
+def _stored(absmax: Tensor, grid: Grid, top: Tensor | None) -> Tensor:
+    """Symmetric scales (R, G) as they are stored, in `grid.scale_dtype`, where all of these numbers are exact."""
+    if grid.scales == "power of two":
+        _, exponent = torch.frexp(absmax / _limit(grid))
+        least, most = (-24, 15) if grid.scale_dtype == torch.float16 else (-126, 127)
+        exponent = torch.where(absmax > 0, exponent.clamp(least, most), 0)
+        return torch.ldexp(torch.ones_like(absmax), exponent).to(grid.scale_dtype)
+    if top is None:
+        return _normal(absmax * (1.0 / grid.full), grid)
+    local = (absmax * (top / grid.full)).clamp(E4M3_MIN, E4M3_MAX)
+    local = torch.where(absmax > 0, local, 1.0)
+    return values_of(local.to(torch.float8_e4m3fn)).to(grid.scale_dtype)
+
+
+def _limit(grid: Grid) -> float:
+    """The largest value that errs by at most half the last step when it is cut down to the largest code."""
+    mantissa, _, largest = FLOATS[grid.values]
+    return largest + 2.0 ** (math.floor(math.log2(largest)) - mantissa - 1)
+
+
+def _normal(scale: Tensor, grid: Grid) -> Tensor:
+    smallest = torch.finfo(grid.scale_dtype).tiny
+    return torch.where(scale > 0, scale.clamp(min=smallest), 1.0).to(grid.scale_dtype)
 
 
 def _squared_error(grouped: Tensor, qparams: QParams, importance: Tensor, grid: Grid) -> Tensor:
@@ -165,7 +316,7 @@ def _squared_error(grouped: Tensor, qparams: QParams, importance: Tensor, grid: 
     step = max(1, CHUNK // (G * size))
     for lo in range(0, R, step):
         part = qparams.rows(lo, lo + step)
-        scale = part.scale.float()[..., None]
+        scale = part.effective()[..., None]
         w = grouped[lo : lo + step]
         x = w / scale
         if part.zero_point is None:
@@ -179,35 +330,36 @@ def _squared_error(grouped: Tensor, qparams: QParams, importance: Tensor, grid: 
 
 
 def quantize(weight: Tensor, qparams: QParams, grid: Grid) -> Tensor:
-    """Round to nearest: codes (R, C) int8 of a weight (R, C) float32."""
+    """Round to nearest: codes (R, C) of a weight (R, C) float32."""
     R, C = weight.shape
     G = qparams.scale.shape[1]
-    x = weight.reshape(R, G, C // G) / qparams.scale.float()[..., None]
+    x = weight.reshape(R, G, C // G) / qparams.effective()[..., None]
     if qparams.zero_point is not None:
         x += qparams.zero_point.float()[..., None]
-    return grid.nearest_(x).to(torch.int8).reshape(R, C)
+    return grid.codes(grid.nearest_(x)).reshape(R, C)
 
 
 def dequantize(codes: Tensor, qparams: QParams) -> Tensor:
     """Weights (R, C) of codes (R, C), in the scales' dtype: one product, rounded once."""
     R, C = codes.shape
-    scale = qparams.scale
-    G = scale.shape[1]
-    x = codes.reshape(R, G, C // G).to(torch.float32)
+    G = qparams.scale.shape[1]
+    x = values_of(codes).reshape(R, G, C // G)
     if qparams.zero_point is not None:
         x = x - qparams.zero_point.to(torch.float32)[..., None]
-    return (x * scale.to(torch.float32)[..., None]).to(scale.dtype).reshape(R, C)
+    return (x * qparams.effective()[..., None]).to(qparams.scale.dtype).reshape(R, C)
 
 
 def settle(solved: Solved, grid: Grid) -> Solved:
     """The same weights, by the codes that rounding them gives again.
 
     Eight bits with zero points are finer than bfloat16: two codes may mean one weight, or, in one of some thousands,
-    weights that differ in their last bit. A dense copy could not tell which it was.
+    weights that differ in their last bit. Floats under two-level scales reach below the smallest float16. A dense
+    copy could not tell which it was.
     """
-    if grid.symmetric or grid.bits < 8 or grid.scale_dtype != torch.bfloat16:
-        return solved
-    return replace(solved, codes=quantize(solved.dense().float(), solved.quantized[1], grid))
+    fine = not grid.symmetric and grid.bits == 8 and grid.scale_dtype == torch.bfloat16
+    if fine or (grid.values != "int" and grid.scale_dtype == torch.float16):
+        return replace(solved, codes=quantize(solved.dense().float(), solved.quantized[1], grid))
+    return solved
 
 
 def relative_error(weight: Tensor, dense: Tensor, gram: Tensor | None) -> Tensor:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from bitpress.math.grid import Grid, Solved, find_qparams, quantize, solved
+from bitpress.math.grid import Grid, Solved, find_all, quantize, solved
 
 
 def round_to_nearest(weight: Tensor, grid: Grid, *, observer: str = "minmax") -> Solved:
     """Quantize a weight (R, C) float32 by rounding; `observer` "mse" searches the scales by weight error."""
-    qparams = find_qparams(weight, grid, search=observer == "mse")
-    return solved(weight, quantize(weight, qparams, grid), qparams, None)
+    return round_all([weight], grid, observer=observer)[0]
+
+
+def round_all(weights: Sequence[Tensor], grid: Grid, *, observer: str = "minmax") -> list[Solved]:
+    """The same for weights with the same columns; see `grid.find_all` for what they share."""
+    qparams = find_all(weights, grid, search=observer == "mse")
+    return [solved(w, quantize(w, q, grid), q, None) for w, q in zip(weights, qparams, strict=True)]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bitpress.errors import NumericsError
-from bitpress.math.grid import Grid, QParams
+from bitpress.math.grid import Grid, QParams, values_of
 
 LEAF = 16  # columns updated one by one; wider blocks are halved and updated by matrix products
 
@@ -70,7 +70,7 @@ def sweep(
     """
     rounding = Rounding.of(qparams, groups, grid, keep)
     work = by_columns(weight)
-    codes = torch.empty(work.shape, dtype=torch.int8, device=weight.device)
+    codes = torch.empty(work.shape, dtype=grid.code_dtype, device=weight.device)
     pivots = pivots_of(factor)
     q = torch.empty_like(work[0])
 
@@ -100,7 +100,7 @@ class Rounding:
     def of(cls, qparams: QParams, groups: Tensor, grid: Grid, keep: Tensor | None) -> Rounding:
         """From tensors as solvers have them: (R, G), (C,), (R, C)."""
         return cls(
-            scale=qparams.scale.T.float().contiguous(),
+            scale=qparams.effective().T.contiguous(),
             zero=None if qparams.zero_point is None else qparams.zero_point.T.float().contiguous(),
             groups=groups.tolist(),
             grid=grid,
@@ -123,7 +123,7 @@ class Rounding:
 
     def read(self, j: int, codes: Tensor, q: Tensor) -> None:
         """Writes what the codes of column `j` mean into `q` (R,)."""
-        q.copy_(codes)
+        q.copy_(values_of(codes))
         if self.zero is not None:
             q.sub_(self.zero[self.groups[j]])
         q.mul_(self.scale[self.groups[j]])

@@ -78,7 +78,8 @@ class Modifier:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What it reads of the calibration data: "gram", "mean" (of |x|), "range" (min and max); empty: no data."""
+        """What it reads of the calibration data: "gram", "mean" (of |x|), "range" (min and max), "cache" (range of
+        keys and values); empty: no data."""
         return frozenset()
 
     def to_dict(self) -> dict[str, Any]:
@@ -153,6 +154,14 @@ class LinearModifier(Modifier):
     def claims(self) -> tuple[Claim, ...]:
         """Its linears, in groups of different settings."""
         return (Claim(self.method, names(self.targets)),)
+
+    def leaves(self, claim: Claim) -> bool:
+        """Whether a claim names linears that are to stay as they are."""
+        return False
+
+    def needs_of(self, claim: Claim) -> frozenset[str]:
+        """What it reads of the inputs of the linears of one claim, see `needs`."""
+        return self.needs
 
     def faults(self) -> list[str]:
         found = []

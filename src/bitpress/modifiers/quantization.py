@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 
 from bitpress.errors import RecipeError, did_you_mean
 from bitpress.modifiers.base import CONFIG, Claim, Float, Groups, LinearModifier, Names, names
-from bitpress.schemes import Scheme, preset, scheme_from_group
+from bitpress.schemes import UNQUANTIZED, QuantArgs, Scheme, cache_scheme, preset, scheme_from_group
 from bitpress.targets import pattern_fault
 
 if TYPE_CHECKING:  # recipes are read without torch
@@ -54,16 +54,40 @@ class SchemeModifier(LinearModifier):
     kv_cache_scheme: Groups | None = None
 
     def claims(self) -> tuple[Claim, ...]:
-        return self.groups()
+        return self._read_groups()[0]
 
     def groups(self) -> tuple[SchemeGroup, ...]:
         """The scheme of each group of targets, in the recipe's order."""
-        return self._read_groups()[0]
+        return tuple(claim for claim in self.claims() if isinstance(claim, SchemeGroup))
+
+    def leaves(self, claim: Claim) -> bool:
+        return not isinstance(claim, SchemeGroup)
+
+    def cache(self) -> QuantArgs | None:
+        """How the cache of keys and values is quantized, None if it is not."""
+        return None if self.kv_cache_scheme is None else cache_scheme(self.kv_cache_scheme, "kv_cache_scheme")
+
+    @property
+    def weights_need(self) -> frozenset[str]:
+        """What it reads of the calibration data to solve weights."""
+        return frozenset()
+
+    @property
+    def needs(self) -> frozenset[str]:
+        groups, cache = self.groups(), self.cache()
+        own = frozenset().union(*(self.needs_of(group) for group in groups))
+        return own | {"cache"} if cache is not None and not cache.dynamic else own
+
+    def needs_of(self, claim: Claim) -> frozenset[str]:
+        static = isinstance(claim, SchemeGroup) and claim.scheme.static_inputs
+        return self.weights_need | {"range"} if static else self.weights_need
 
     def faults(self) -> list[str]:
         found = super().faults()
-        if self.kv_cache_scheme is not None:
-            found.append("kv_cache_scheme: not implemented yet; drop it")
+        try:
+            self.cache()
+        except RecipeError as error:
+            found += error.problems
         return found + self._read_groups()[1]
 
     def notes(self) -> list[str]:
@@ -81,7 +105,7 @@ class SchemeModifier(LinearModifier):
             weights: each (R_i, C) float32.
             stats: of their common input, (C, C); None where `needs` is empty.
             group: scheme and settings.
-            grid: the integer grid of the scheme.
+            grid: the grid of the scheme. If it is `fused`, clients run these linears as one product.
         """
         raise NotImplementedError
 
@@ -89,7 +113,7 @@ class SchemeModifier(LinearModifier):
         """Act-order and observer of weights that do not set their own."""
         raise NotImplementedError
 
-    def _read_groups(self) -> tuple[tuple[SchemeGroup, ...], list[str]]:
+    def _read_groups(self) -> tuple[tuple[Claim, ...], list[str]]:
         if self.scheme is not None and self.config_groups is not None:
             return (), ["scheme: give either scheme or config_groups, not both"]
         if self.scheme is not None:
@@ -100,19 +124,23 @@ class SchemeModifier(LinearModifier):
             actorder, observer = self._weights_defaults()
             return (SchemeGroup("group_0", names(self.targets), scheme, actorder, observer),), []
         if not self.config_groups:
+            if self.kv_cache_scheme is not None and self.config_groups is None and self.group_size is None:
+                return (), []  # the cache alone
             return (), ["scheme: missing; give a preset such as 'W4A16', or config_groups"]
         faults = []
         if self.group_size is not None:
             faults.append("group_size: goes with scheme; with config_groups, set it in the group's weights")
-        groups = []
+        claims = []
         for name, entry in self.config_groups.items():
-            group, found = self._read_group(name, entry)
+            claim, found = self._read_group(name, entry)
             faults += found
-            if group is not None:
-                groups.append(group)
-        return tuple(groups), faults
+            if claim is not None:
+                claims.append(claim)
+        if not faults and all(map(self.leaves, claims)):
+            faults.append(f"config_groups: {UNQUANTIZED} leaves its linears alone, so nothing would be quantized")
+        return tuple(claims), faults
 
-    def _read_group(self, name: str, entry: Any) -> tuple[SchemeGroup | None, list[str]]:
+    def _read_group(self, name: str, entry: Any) -> tuple[Claim | None, list[str]]:
         where = f"config_groups.{name}"
         # `W4A16: [Linear]` is compressed-tensors' short form of a preset with targets.
         short = isinstance(entry, list)
@@ -120,6 +148,8 @@ class SchemeModifier(LinearModifier):
             return None, [f"{where}: expected weights and targets, got {entry!r}"]
         targets = entry if short else entry.get("targets", self.targets)
         faults = target_faults(targets, f"{where}.targets")
+        if short and name.upper() == UNQUANTIZED:
+            return None if faults else Claim(name, names(targets)), faults
         actorder, observer = self._weights_defaults()
         scheme = None
         try:
@@ -150,13 +180,16 @@ class QuantizationModifier(SchemeModifier):
         scheme: preset name such as "W4A16"; see `bitpress.schemes`. Exactly one of scheme and config_groups.
             Default: none.
         config_groups: compressed-tensors groups by name, each `{weights: {...}, input_activations: {...},
-            targets: [...]}`. The weights may set `observer`; targets default to the modifier's.
+            targets: [...]}`, or presets with their targets, `FP8_DYNAMIC: ["re:.*mlp.*"]`. The weights may set
+            `observer`; targets default to the modifier's.
             Default: none.
         targets: linears to quantize, one pattern or a list; see `bitpress.targets`. Default: "Linear".
         ignore: linears to leave as they are, patterns as in targets. Default: none.
         group_size: input columns per scale in place of the preset's; -1 is one scale per output channel.
             Default: the preset's.
-        kv_cache_scheme: not implemented yet. Default: none.
+        kv_cache_scheme: how keys and values are quantized in the cache, such as `{num_bits: 8, type: float,
+            strategy: tensor, dynamic: false}`; needs calibration data unless dynamic. Alone, without scheme and
+            config_groups, it leaves all weights as they are. Default: none.
         observer: how scales are chosen: "minmax" covers every weight, "mse" searches the least squared error.
             Default: "minmax".
     """
@@ -168,9 +201,9 @@ class QuantizationModifier(SchemeModifier):
     def solve(
         self, weights: Sequence[Tensor], stats: InputStats | None, group: SchemeGroup, grid: Grid
     ) -> list[Solved]:
-        from bitpress.math.rtn import round_to_nearest
+        from bitpress.math.rtn import round_all
 
-        return [round_to_nearest(w, grid, observer=group.observer) for w in weights]
+        return round_all(weights, grid, observer=group.observer)
 
     def _weights_defaults(self) -> tuple[ActOrder, str]:
         return None, self.observer
@@ -201,13 +234,16 @@ class GPTQModifier(SchemeModifier):
         scheme: preset name such as "W4A16"; see `bitpress.schemes`. Exactly one of scheme and config_groups.
             Default: none.
         config_groups: compressed-tensors groups by name, each `{weights: {...}, input_activations: {...},
-            targets: [...]}`. The weights may set `actorder` and `observer`; targets default to the
+            targets: [...]}`, or presets with their targets, `FP8_DYNAMIC: ["re:.*mlp.*"]`. The weights may set
+            `actorder` and `observer`; targets default to the
             modifier's. Default: none.
         targets: linears to quantize, one pattern or a list; see `bitpress.targets`. Default: "Linear".
         ignore: linears to leave as they are, patterns as in targets. Default: none.
         group_size: input columns per scale in place of the preset's; -1 is one scale per output channel.
             Default: the preset's.
-        kv_cache_scheme: not implemented yet. Default: none.
+        kv_cache_scheme: how keys and values are quantized in the cache, such as `{num_bits: 8, type: float,
+            strategy: tensor, dynamic: false}`; needs calibration data unless dynamic. Alone, without scheme and
+            config_groups, it leaves all weights as they are. Default: none.
         block_size: columns solved between two updates of the rest of the weight. Default: 128.
         dampening_frac: what is added to the diagonal of the Gram matrix, as a fraction of its mean.
             Default: 0.01.
@@ -233,7 +269,7 @@ class GPTQModifier(SchemeModifier):
     offload_hessians: bool | None = None
 
     @property
-    def needs(self) -> frozenset[str]:
+    def weights_need(self) -> frozenset[str]:
         return frozenset({"gram"})
 
     def solve(

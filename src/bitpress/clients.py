@@ -1,0 +1,151 @@
+"""What the clients of a checkpoint cannot do with it, said when the scheme is chosen.
+
+Read in vLLM 0.32, transformers 5.17 to 5.19 and compressed-tensors 0.17, 0.19 and 0.20.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from bitpress.schemes import QuantArgs, Scheme
+from bitpress.sites import FUSED, Site, label
+from bitpress.subject import Subject
+
+UNSERVED = "vLLM does not serve it; this loads in transformers"
+ON_GPUS = "vLLM serves it on GPUs, not on CPUs"
+ODD_WIDTHS = "needs compressed-tensors 0.19 or later (older ones misread these widths)"
+
+
+def client_notes(subject: Subject, sites: Sequence[Site], caches: Sequence[QuantArgs]) -> list[str]:
+    """One line for each thing that a client cannot do.
+
+    Args:
+        caches: the stage's cache schemes.
+    """
+    notes = []
+    for group in {s.group.name: s.group for s in sites if s.group is not None}.values():
+        scheme, mine = group.scheme, [s for s in sites if s.group is group]
+        found = [vllm_limit(scheme), release_limit(scheme, mine)]
+        if any(s.expert is not None for s in mine) and not _loads_as_experts(scheme):
+            found.append("transformers loads experts as symmetric packed integers or fp8 only; use W4A16, FP8_DYNAMIC")
+        if subject.dtype != torch.bfloat16 and scheme.format.startswith(("nvfp4", "mxfp")):
+            found.append("transformers reads the weights as bfloat16: load it in that, or with bitpress.transformers")
+        notes += [f"{label(group)}: {text}" for text in found if text]
+    for cache in dict.fromkeys(caches):
+        limits = (_cache_limit(cache), _cache_in_transformers(subject, sites))
+        notes += [f"kv_cache_scheme: {text}" for text in limits if text]
+    odd = {
+        type(m).__name__
+        for s in sites
+        if s.group is not None and type(m := subject.model.get_submodule(s.module)) is not nn.Linear
+    }
+    if odd:
+        notes.append(
+            f"{', '.join(sorted(odd))}: transformers decompresses plain Linears only; use bitpress.transformers"
+        )
+    return notes + _split_partners(subject, sites)
+
+
+def vllm_limit(scheme: Scheme) -> str | None:
+    """What vLLM cannot do with a scheme, None if it serves it everywhere."""
+    weights, inputs = scheme.weights, scheme.input_activations
+    in_rows = weights.strategy in ("group", "channel")
+    match scheme.format:
+        case "pack-quantized" if inputs is None:
+            if not in_rows:
+                return "vLLM serves strategy group or channel only; this loads in transformers"
+            return None if weights.num_bits in (4, 8) else "vLLM serves 4 and 8 bits only; this loads in transformers"
+        case "pack-quantized" if inputs is not None and inputs.type == "float":
+            served = (weights.num_bits, weights.group_size, inputs.strategy) == (4, 128, "token") and weights.symmetric
+            return "vLLM serves it on Hopper GPUs only" if served and inputs.num_bits == 8 else UNSERVED
+        case "pack-quantized":
+            return ON_GPUS if _served_packed(weights, inputs) else UNSERVED
+        case "int-quantized":
+            return _int_limit(weights, inputs)
+        case "float-quantized" | "naive-quantized":
+            return UNSERVED if weights.strategy == "group" else None
+        case "mxfp6-pack-quantized":
+            return UNSERVED
+    return ON_GPUS
+
+
+def _int_limit(weights: QuantArgs, inputs: QuantArgs | None) -> str | None:
+    assert inputs is not None
+    scaled = (inputs.strategy, inputs.dynamic) in (("tensor", False), ("token", True))
+    plain = weights.symmetric and weights.strategy in ("channel", "tensor")
+    if (weights.num_bits, inputs.num_bits) == (8, 8) and plain and scaled:
+        return None
+    packed = _served_packed(weights, inputs)
+    hint = "; on GPUs it does with format: pack-quantized in config_groups" if packed else ""
+    if packed and (weights.num_bits, inputs.num_bits, inputs.strategy) == (4, 8, "token") and weights.symmetric:
+        return f"vLLM serves 4 bits stored as int8 on Arm CPUs only{hint}"
+    return f"{UNSERVED}{hint}"
+
+
+def _served_packed(weights: QuantArgs, inputs: QuantArgs | None) -> bool:
+    """Whether vLLM has a kernel for packed integers with these integer activations."""
+    return (
+        inputs is not None
+        and inputs.type == "int"
+        and weights.strategy in ("group", "channel")
+        and inputs.symmetric
+        and inputs.dynamic is True
+        and inputs.strategy in ("token", "group")
+        and inputs.num_bits in (4, 8)
+    )
+
+
+def release_limit(scheme: Scheme, sites: Sequence[Site]) -> str | None:
+    """What older releases of compressed-tensors cannot read, None if 0.17 and later do."""
+    weights = scheme.weights
+    if scheme.format == "mxfp6-pack-quantized":
+        return "needs compressed-tensors 0.20 or later (older ones do not know 6-bit floats)"
+    if scheme.format == "pack-quantized" and weights.num_bits not in (2, 4, 8):
+        return ODD_WIDTHS
+    if weights.block_structure is not None:
+        rows, columns = weights.block_structure
+        if any(s.columns == columns and s.rows > rows for s in sites):
+            return f"needs compressed-tensors 0.19 or later (older ones misread weights of {columns} columns in blocks)"
+    return None
+
+
+def _loads_as_experts(scheme: Scheme) -> bool:
+    """Whether transformers decompresses it for experts, which it holds as one parameter."""
+    weights = scheme.weights
+    if scheme.format == "pack-quantized":
+        return weights.symmetric
+    return scheme.format in ("float-quantized", "naive-quantized") and weights.strategy in ("tensor", "channel")
+
+
+def _cache_limit(cache: QuantArgs) -> str | None:
+    if (cache.type, cache.num_bits) != ("float", 8):
+        return "vLLM serves caches of 8-bit floats only (num_bits: 8, type: float); this runs in transformers"
+    if cache.strategy == "token":
+        return "vLLM serves caches with strategy tensor or attn_head only; this runs in transformers"
+    return None
+
+
+def _cache_in_transformers(subject: Subject, sites: Sequence[Site]) -> str | None:
+    config = subject.config.get_text_config() if hasattr(subject.config, "get_text_config") else subject.config
+    if getattr(config, "num_key_value_heads", None) is None:
+        return f"transformers cannot load it: the configuration of {config.model_type} has no num_key_value_heads"
+    if subject.experts and not any(s.group is not None for s in sites):
+        return "transformers cannot load it: it takes the experts for quantized"
+    return None
+
+
+def _split_partners(subject: Subject, sites: Sequence[Site]) -> list[str]:
+    """Linears that vLLM runs as one product and that differ in scheme."""
+    by_name = {s.module: str(s.scheme) for s in sites if s.group is not None}
+    split = []
+    for parent, module in subject.model.named_modules():
+        for partners in FUSED:
+            there = [f"{parent}.{p}" for p in partners if hasattr(module, p)]
+            if len({by_name.get(name) for name in there}) > 1:
+                split.append(f"{parent}: {', '.join(partners)}")
+    if not split:
+        return []
+    return [f"{split[0]} differ in scheme (and {len(split) - 1} more): vLLM fuses them and needs one scheme"]
