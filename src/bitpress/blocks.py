@@ -136,8 +136,8 @@ class _Shared:
     added: int = 0
     reads: dict[str, int] = field(default_factory=dict)
 
-    def add(self, x: Tensor) -> None:
-        self.sums.add(x)
+    def add(self, x: Tensor, full: Tensor | None) -> None:
+        self.sums.add(x, full)
         self.added += 1
 
     def read_by(self, name: str) -> None:
@@ -153,13 +153,16 @@ class Collected:
 
 
 def collect(
-    run: Callable[[Batch], object],
+    run: Callable[[Batch], Tensor | None],
     linears: dict[str, nn.Module],
     batches: Iterable[Batch],
     *,
     budget: int,
     needs: frozenset[str] = frozenset({"gram"}),
     leave_early: bool = True,
+    beside: Callable[[int], Batch | None] | None = None,
+    keep: Callable[[int, Tensor], None] | None = None,
+    unpaired: frozenset[str] = frozenset(),
 ) -> Collected:
     """Run all batches and sum the statistics of every distinct input of the given linears.
 
@@ -173,6 +176,10 @@ def collect(
         needs: which statistics, see `Modifier.needs`.
         leave_early: leave the block when its last linear has its input (its output is not needed). Not for blocks
             in which linears are called depending on the data.
+        beside: the batch of a number in the uncompressed model's stream, None if it is not there; it is run first,
+            and its inputs are the `full` ones of `StatsAccumulator.add`.
+        keep: what to do with the outputs of those batches.
+        unpaired: linears whose tokens differ from one stream to the other, such as experts.
 
     Raises:
         NumericsError: linears that shared an input in one batch did not in another.
@@ -182,20 +189,26 @@ def collect(
     current: dict[int, tuple[Tensor, str | None]] = {}  # tensors seen in this batch, kept so that ids stay theirs
     order: list[str] = []
     last: list[str] = []
+    full: dict[str, Tensor] = {}
+    recording = False
     used = 0
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def before(module: nn.Module, args: tuple[Any, ...]) -> None:
             nonlocal used
-            order.append(name)
             x: Tensor = args[0]
+            if recording:
+                full[name] = x
+                return
+            order.append(name)
+            other = None if name in unpaired else full.get(name)
             seen = current.get(id(x))
             if name in deferred:
                 current.setdefault(id(x), (x, None))
             elif name in shared:
                 entry = shared[name]
                 if seen is None:
-                    entry.add(x)
+                    entry.add(x, other)
                     current[id(x)] = (x, name)
                 elif seen[1] is None or shared[seen[1]] is not entry:
                     raise _shared_at_times(name)
@@ -211,7 +224,7 @@ def collect(
                 else:
                     used += size
                     entry = shared[name] = _Shared(StatsAccumulator(x.shape[-1], x.device, needs))
-                    entry.add(x)
+                    entry.add(x, other)
                     entry.read_by(name)
                     current[id(x)] = (x, name)
             if last and name == last[0]:
@@ -221,14 +234,22 @@ def collect(
 
     handles = [m.register_forward_pre_hook(hook(n)) for n, m in linears.items()]
     try:
-        for batch in batches:
+        for number, batch in enumerate(batches):
             current.clear()
+            full.clear()
+            if beside is not None and (other := beside(number)) is not None:
+                recording = True
+                out = run(other)
+                recording = False
+                if keep is not None and out is not None:
+                    keep(number, out)
             run(batch)
             if leave_early and not last and order:
                 last.append(order[-1])
             order.clear()
     finally:
         current.clear()
+        full.clear()
         for handle in handles:
             handle.remove()
     distinct = list({id(entry): entry for entry in shared.values()}.values())

@@ -90,7 +90,9 @@ class Coding(NamedTuple):
         words += [str(self.group_size)] if self.group_size else []
         words += [] if self.symmetric is None else ["sym" if self.symmetric else "asym"]
         words += (
-            [] if self.dynamic is None else [{True: "dynamic", False: "static"}.get(self.dynamic, str(self.dynamic))]
+            []
+            if self.dynamic is None
+            else [self.dynamic if isinstance(self.dynamic, str) else "dynamic" if self.dynamic else "static"]
         )
         return " ".join(words)
 

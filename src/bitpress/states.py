@@ -58,3 +58,42 @@ class HiddenStates:
         self._tensors.clear()
         if self.where == "disk":
             shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class FullStream:
+    """Hidden states of the uncompressed model, of every n-th batch, beside those of the compressed one.
+
+    Args:
+        every: which batches: those whose number it divides.
+    """
+
+    def __init__(self, every: int, where: str, device: torch.device, folder: Path | None = None) -> None:
+        self.every = every
+        self._now, self._next = HiddenStates(where, device, folder), HiddenStates(where, device, folder)
+
+    def has(self, batch: int) -> bool:
+        """Whether a batch is in it."""
+        return batch % self.every == 0
+
+    def __getitem__(self, batch: int) -> Tensor | None:
+        """The states of a batch before the block at work; None before the first block."""
+        return self._now[batch]
+
+    def keep(self, batch: int, states: Tensor) -> None:
+        """The states of a batch after the block at work."""
+        self._next[batch] = states
+
+    def after(self, batch: int) -> Tensor:
+        """What was kept: the output that the block at work should have."""
+        found = self._next[batch]
+        assert found is not None
+        return found
+
+    def advance(self) -> None:
+        """Go on to the next block."""
+        self._now, self._next = self._next, self._now
+
+    def close(self) -> None:
+        """Free memory and files."""
+        self._now.close()
+        self._next.close()

@@ -2,20 +2,25 @@
 
 Differences to the paper: all scales are fixed before the sweep, and may be searched with the Gram matrix's diagonal
 as weights; columns may be taken in order of falling Gram diagonal while groups stay as they lie (static order).
-A pruned weight stays exactly zero (what counts as pruned: `bitpress.math.masks.pruned`).
+After the sweep, codes and scales are refined in turn: `bitpress.math.descent`, `bitpress.math.refit`. A pruned weight
+stays exactly zero (what counts as pruned: `bitpress.math.masks.pruned`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from bitpress.errors import NumericsError
+from bitpress.math.correct import correction
 from bitpress.math.descent import descend
 from bitpress.math.grid import Grid, QParams, Solved, find_all, solved
 from bitpress.math.masks import pruned
+from bitpress.math.refit import refit_scales
 from bitpress.math.stats import InputStats
 from bitpress.math.sweep import inverse_factor, sweep
 
@@ -31,6 +36,8 @@ def gptq(
     order: bool = True,
     block_size: int = 128,
     dampening_frac: float = 0.01,
+    refine: int = 0,
+    correct: float = 0.0,
 ) -> list[Solved]:
     """Quantize the weights of linears that read the same input, in one sweep.
 
@@ -42,6 +49,8 @@ def gptq(
         order: take columns by falling Gram diagonal.
         block_size: columns per block of the sweep.
         dampening_frac: share of the mean Gram diagonal that is added to the diagonal.
+        refine: rounds of coordinate descent on the codes and least squares on the scales after the sweep.
+        correct: share of the drift of the inputs that the weights are to undo; needs `stats.drift`.
 
     Returns:
         One `Solved` per weight; its error is relative to the output energy on the calibration data.
@@ -54,39 +63,51 @@ def gptq(
     if not torch.isfinite(gram).all():
         raise NumericsError("NaN or infinity in the input activations")
     C = gram.shape[0]
+    original = torch.cat(list(weights))
+    if correct:
+        assert stats.drift is not None and stats.paired is not None
+        change = correction(stats.drift, stats.paired, correct)
+        masks_before = [pruned(w) for w in weights]
+        weights = [
+            w + (w @ change if m is None else (w @ change) * m) for w, m in zip(weights, masks_before, strict=True)
+        ]
     importance = None if observer == "mse" else diagonal
-    search = observer != "minmax"
-    qparams = find_all(weights, grid, importance, search)
+    found = find_all(weights, grid, importance, search=observer != "minmax")
     rows = [len(w) for w in weights]
-    stacked = torch.cat(list(weights))
-    scale = torch.cat([q.effective() for q in qparams])
-    zeros = [q.zero_point for q in qparams if q.zero_point is not None]
-    both = QParams(scale, torch.cat(zeros) if zeros else None)
+    target = torch.cat(list(weights))
+    qparams = _together(found)
+    keep = _stacked([pruned(w) for w in weights], weights)
 
     perm = torch.argsort(diagonal, descending=True, stable=True) if order else torch.arange(C, device=gram.device)
+    back = torch.argsort(perm)
     groups = perm // (grid.group_size or C)
     # an input that is always zero says nothing: unit curvature rounds its column to nearest
-    damping = dampening_frac * diagonal.mean()
-    hessian = gram[perm][:, perm] if order else gram.clone()
-    hessian.diagonal().add_(damping).add_((diagonal[perm] == 0).float())
-    target = stacked[:, perm]
-    masks = [pruned(w) for w in weights]
-    keep = _stacked(masks, weights)
-    keep = None if keep is None else keep[:, perm]
-    codes = sweep(target, inverse_factor(hessian), both, groups, grid, block_size, keep)
-    if keep is not None:
-        some = torch.cat([torch.full((len(w),), m is not None) for w, m in zip(weights, masks, strict=True)])
-        some = some.to(codes.device)
-        found = QParams(scale[some], both.zero_point[some] if both.zero_point is not None else None)
-        codes[some] = descend(
-            target[some], codes[some], hessian, found, groups, grid, block_size, passes=PASSES, keep=keep[some]
+    hessian = gram.clone()
+    hessian.diagonal().add_(dampening_frac * diagonal.mean()).add_((diagonal == 0).float())
+    ordered, wanted = hessian[perm][:, perm], target[:, perm]
+    kept = None if keep is None else keep[:, perm]
+    codes = sweep(wanted, inverse_factor(ordered), qparams, groups, grid, block_size, kept)
+    for _ in range(refine if keep is None else max(refine, 1)):
+        codes = descend(
+            wanted, codes, ordered, qparams, groups, grid, block_size, passes=1 if keep is None else PASSES, keep=kept
         )
-    in_place = torch.empty_like(codes)
-    in_place[:, perm] = codes
+        if refine:
+            qparams = refit_scales(target, codes[:, back], hessian, qparams, grid)
+    in_place = codes[:, back]
+    tops = [q.global_scale for q in found]
     return [
-        solved(w, part.contiguous(), q, gram)
-        for w, part, q in zip(weights, torch.split(in_place, rows), qparams, strict=True)
+        solved(w, part.contiguous(), replace(qparams.rows(end - len(w), end), global_scale=top), gram)
+        for w, part, end, top in zip(
+            torch.split(original, rows), torch.split(in_place, rows), accumulate(rows), tops, strict=True
+        )
     ]
+
+
+def _together(found: Sequence[QParams]) -> QParams:
+    """The parameters of all weights, one below the other. A global scale is the same in all."""
+    zeros = [q.zero_point for q in found if q.zero_point is not None]
+    scale = torch.cat([q.scale for q in found])
+    return QParams(scale, torch.cat(zeros) if zeros else None, found[0].global_scale)
 
 
 def _stacked(masks: Sequence[Tensor | None], weights: Sequence[Tensor]) -> Tensor | None:

@@ -17,6 +17,7 @@ from torch import Tensor
 # Columns of one block row of the triangular product: narrower saves more of the lower triangle, but is slower a
 # flop. On 2 cores with AVX-512 bfloat16, 8192 x 1536 took 81 ms whole, 58 ms in rows of 512, 50 ms in rows of 192.
 BLOCK_ROW, MOST_ROWS = 192, 8
+EXTREME = 16  # times the median energy, beyond which a token says nothing about drift
 CHUNK = 2048  # tokens converted to float32 at a time; the buffer is reused, fresh memory costs more than the copy
 
 
@@ -29,6 +30,9 @@ class InputStats:
         tokens: number of tokens T that were summed.
         sum_abs: `sum_t |x_t|`, (C,) float32.
         low, high: least and greatest value of each channel, (C,) float32.
+        drift: `sum_t (f_t - x_t) x_t^T`, (C, C) float32, with f the same input in the uncompressed model, over the
+            tokens of `paired`.
+        paired: `sum_t x_t x_t^T`, (C, C) float32, over some of the tokens, those of extreme energy left out.
     """
 
     gram: Tensor | None
@@ -36,6 +40,8 @@ class InputStats:
     sum_abs: Tensor | None = None
     low: Tensor | None = None
     high: Tensor | None = None
+    drift: Tensor | None = None
+    paired: Tensor | None = None
 
     def merge(self, other: InputStats) -> InputStats:
         """The statistics of both token sets together (batches and ranks combine this way)."""
@@ -49,17 +55,23 @@ class InputStats:
             both(self.sum_abs, other.sum_abs, torch.add),
             both(self.low, other.low, torch.minimum),
             both(self.high, other.high, torch.maximum),
+            both(self.drift, other.drift, torch.add),
+            both(self.paired, other.paired, torch.add),
         )
 
     def smoothed(self, scale: Tensor) -> InputStats:
         """The statistics of `x / scale`, for a positive scale (C,): by algebra, without another forward."""
+
+        def one(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x / scale
+
+        def two(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x / scale[:, None] / scale
+
         return InputStats(
-            None if self.gram is None else self.gram / scale[:, None] / scale,
-            self.tokens,
-            None if self.sum_abs is None else self.sum_abs / scale,
-            None if self.low is None else self.low / scale,
-            None if self.high is None else self.high / scale,
-        )
+            two(self.gram), self.tokens, one(self.sum_abs), one(self.low), one(self.high), two(self.drift),
+            two(self.paired),
+        )  # fmt: skip
 
     @property
     def needed_gram(self) -> Tensor:
@@ -74,7 +86,7 @@ class StatsAccumulator:
     Args:
         channels: C, the number of input features.
         device: where the sums live.
-        needs: which ones, see `Modifier.needs`: "gram", "mean", "range".
+        needs: which ones, see `Modifier.needs`: "gram", "mean", "range", "drift".
     """
 
     def __init__(self, channels: int, device: torch.device, needs: frozenset[str]) -> None:
@@ -83,14 +95,17 @@ class StatsAccumulator:
         self._sum_abs = torch.zeros(channels, device=device) if "mean" in needs else None
         self._low = torch.full((channels,), math.inf, device=device) if "range" in needs else None
         self._high = torch.full((channels,), -math.inf, device=device) if "range" in needs else None
+        self._drift = torch.zeros(channels, channels, device=device) if "drift" in needs else None
+        self._paired = GramAccumulator(channels, device) if "drift" in needs else None
 
     @staticmethod
     def nbytes(channels: int, needs: frozenset[str]) -> int:
         """Bytes held for an input of `channels` features."""
-        return GramAccumulator.nbytes(channels) if "gram" in needs else 16 * channels
+        matrices = ("gram" in needs) + 2 * ("drift" in needs)
+        return matrices * GramAccumulator.nbytes(channels) + 16 * channels
 
-    def add(self, x: Tensor) -> None:
-        """Add the tokens of `x` (..., C)."""
+    def add(self, x: Tensor, full: Tensor | None = None) -> None:
+        """Add the tokens of `x` (..., C); `full`: the same input in the uncompressed model, of the same shape."""
         x = x.reshape(-1, x.shape[-1])
         self._tokens += x.shape[0]
         if x.shape[0] == 0:
@@ -103,11 +118,26 @@ class StatsAccumulator:
             low, high = torch.aminmax(x, dim=0)
             self._low = torch.minimum(self._low, low.float())
             self._high = torch.maximum(self._high, high.float())
+        if self._drift is not None and self._paired is not None and full is not None:
+            self._pair(x, full.reshape(x.shape), self._drift, self._paired)
+
+    def _pair(self, x: Tensor, full: Tensor, drift: Tensor, paired: GramAccumulator) -> None:
+        energy = x.float().square().sum(-1)
+        usual = energy <= EXTREME * energy.median()
+        x, full = x[usual], full[usual]
+        paired.add(x)
+        difference = full.float().sub_(x.float())
+        if x.device.type == "cuda" and x.dtype == torch.bfloat16:
+            drift += torch.mm(difference.to(x.dtype).T, x, out_dtype=torch.float32)
+            return
+        with bfloat16_products(x.dtype == torch.bfloat16):
+            drift.addmm_(difference.T, x.float())
 
     def finish(self) -> InputStats:
         """The statistics; the accumulator's memory is handed over and it must not be used again."""
         gram = None if self._gram is None else self._gram.finish().gram
-        return InputStats(gram, self._tokens, self._sum_abs, self._low, self._high)
+        paired = None if self._paired is None else self._paired.finish().gram
+        return InputStats(gram, self._tokens, self._sum_abs, self._low, self._high, self._drift, paired)
 
 
 class GramAccumulator:
