@@ -50,9 +50,9 @@ def solve(
     else:
         grid = formats.grid_of(group_of_all.scheme, dtype)
         solved = [settle(z, grid) for z in solved]
-    if len(steps) == 1 and group_of_all is not None:
-        return solved
     gram = None if stats is None else stats.gram
+    if len(steps) == 1 and group_of_all is not None and (gram is None or "gram" in steps[0].modifier.needs):
+        return solved
     return [
         Solved(z.codes, z.qparams, relative_error(w, z.dense(), gram), z.weight)
         for w, z in zip(weights, solved, strict=True)

@@ -18,6 +18,7 @@ from bitpress.budget import budget, space_fault
 from bitpress.checkpoint import file_size
 from bitpress.errors import PlanError
 from bitpress.experts import UnfusedExperts, fused_left
+from bitpress.foldplan import Use, find_smoothing, smoothed_sites
 from bitpress.modifiers.base import LinearModifier, names
 from bitpress.sites import Site, bits_per_weight, disk_module, find_sites, label, misfits, stored_spec
 from bitpress.subject import Subject
@@ -40,6 +41,7 @@ class Plan:
         batch_size: sequences per forward.
         gram_bytes: budget of the Gram matrices of one pass.
         hidden_on: where hidden states are kept, "device", "host" or "disk".
+        smoothing: of each block, the folds that are scaled before its linears are compressed.
     """
 
     sites: tuple[Site, ...]
@@ -52,6 +54,7 @@ class Plan:
     batch_size: int
     gram_bytes: int
     hidden_on: str
+    smoothing: tuple[tuple[Use, ...], ...] = ()
 
     @property
     def quantized(self) -> tuple[Site, ...]:
@@ -85,6 +88,11 @@ class Plan:
             "device_bytes": self.device_bytes,
             "batch_size": self.batch_size,
             "hidden_states_on": self.hidden_on,
+            "smoothing": [
+                {"block": i, "method": u.modifier.smoothing, "producer": u.fold.producer, "consumers": u.fold.consumers}
+                for i, uses in enumerate(self.smoothing)
+                for u in uses
+            ],
             "notes": list(self.notes),
         }  # fmt: skip
 
@@ -100,6 +108,7 @@ def make(
     batch_size: int | None = None,
     output: Path | None = None,
     compressed: bool = True,
+    trust_remote_code: bool = False,
 ) -> Plan:
     """Hold the modifiers against the model.
 
@@ -109,6 +118,7 @@ def make(
         batch_size: sequences per forward instead of what memory allows.
         output: the folder that will be written, for the check of free space.
         compressed: pack the weights; else dense weights beside their scales.
+        trust_remote_code: run code that the model brings, for a tiny copy of it.
 
     Raises:
         PlanError: all faults of the run.
@@ -119,6 +129,10 @@ def make(
     faults += more
     faults += _unknown_experts(subject, compressing)
     faults += misfits(sites, subject)
+    smoothing = find_smoothing(modifiers, subject, sites, trust_remote_code=trust_remote_code)
+    sites = smoothed_sites(sites, smoothing, subject)
+    faults += smoothing.faults
+    notes += smoothing.notes
     notes += _client_notes(subject, sites)
     if unknown := subject.layout.unknown:
         notes.append(
@@ -132,7 +146,7 @@ def make(
     memory = budget(subject, sites, samples, length, device, max_memory, batch_size)
     if output is not None and (fault := space_fault(output, output_bytes)):
         raise PlanError(fault)
-    return Plan(tuple(sites), ignored, tuple(notes), shards, output_bytes, **memory)
+    return Plan(tuple(sites), ignored, tuple(notes), shards, output_bytes, **memory, smoothing=tuple(smoothing.uses))
 
 
 def _unknown_experts(subject: Subject, modifiers: Sequence[LinearModifier]) -> list[str]:

@@ -16,6 +16,7 @@ from torch import nn
 from bitpress import formats
 from bitpress.modifiers.base import Claim, LinearModifier, names
 from bitpress.modifiers.quantization import SchemeGroup, SchemeModifier
+from bitpress.modifiers.smoothing import ScaleModifier
 from bitpress.schemes import Scheme
 from bitpress.subject import Subject, output_head
 from bitpress.targets import LinearName, resolve, specificity
@@ -47,6 +48,7 @@ class Site:
         steps: what is done to it, in order.
         expert: index of its expert, if it is part of one.
         dtype: in which its scales are stored.
+        smoothing: modifiers that scale its input, before the steps.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Site:
     steps: tuple[Step, ...]
     expert: int | None
     dtype: torch.dtype = torch.bfloat16
+    smoothing: tuple[ScaleModifier, ...] = ()
 
     @property
     def key(self) -> str:
@@ -74,12 +77,12 @@ class Site:
 
     @property
     def method(self) -> str:
-        return "+".join(s.modifier.method for s in self.steps)
+        return "+".join([*(m.smoothing for m in self.smoothing), *(s.modifier.method for s in self.steps)])
 
     @property
     def needs(self) -> frozenset[str]:
-        """Statistics of its input that its steps read, see `Modifier.needs`."""
-        return frozenset().union(*(s.modifier.needs for s in self.steps))
+        """Statistics of its input that smoothing and steps read, see `Modifier.needs`."""
+        return frozenset().union(*(m.needs for m in self.smoothing), *(s.modifier.needs for s in self.steps))
 
 
 def label(group: SchemeGroup | None) -> str:

@@ -45,7 +45,7 @@ def check_blocks(subject: Subject, *, trust_remote_code: bool = False) -> None:
         raise PlanError(f"model type '{kind}': a tiny copy run block by block differs by {off:.2g}: {remedy}")
 
 
-def tiny_copy(config: Any, *, trust_remote_code: bool = False) -> Any:
+def tiny_copy(config: Any, *, layers: int = 4, trust_remote_code: bool = False) -> Any:
     """A model of the same architecture with random weights and small sizes, float32, on the CPU."""
     from transformers import AutoModelForCausalLM
 
@@ -54,8 +54,9 @@ def tiny_copy(config: Any, *, trust_remote_code: bool = False) -> Any:
     for name, value in SMALL.items():
         if getattr(text, name, None) is not None:
             setattr(text, name, value)
+    text.num_hidden_layers = layers
     if getattr(text, "layer_types", None):
-        text.layer_types = (list(text.layer_types) * 4)[:4]
+        text.layer_types = (list(text.layer_types) * layers)[:layers]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(small, dtype=torch.float32, trust_remote_code=trust_remote_code).eval()

@@ -101,7 +101,9 @@ class Solved:
         return self.codes, self.qparams
 
 
-def find_qparams(weight: Tensor, grid: Grid, importance: Tensor | None = None, search: bool = False) -> QParams:
+def find_qparams(
+    weight: Tensor, grid: Grid, importance: Tensor | None = None, search: bool = False, share: float = 1.0
+) -> QParams:
     """Scales and zero points of a weight.
 
     Without `search` the range of each group is covered (min-max; symmetric: absmax / (qmax + 0.5), so that the
@@ -114,6 +116,7 @@ def find_qparams(weight: Tensor, grid: Grid, importance: Tensor | None = None, s
         grid: the target grid.
         importance: (C,) non-negative weights of the columns, or None for all equal.
         search: search the scale instead of covering the range.
+        share: without search, the share of the range that is covered.
 
     Returns:
         scale (R, G) in `grid.scale_dtype`, zero point (R, G) int8 or None.
@@ -124,9 +127,8 @@ def find_qparams(weight: Tensor, grid: Grid, importance: Tensor | None = None, s
     low, high = grouped.amin(-1), grouped.amax(-1)
     if grid.per_tensor:
         low, high = low.amin().expand(R, G), high.amax().expand(R, G)
-    full = _from_range(low, high, grid)
     if not search:
-        return full
+        return _from_range(low * share, high * share, grid)
     if importance is None:
         importance = torch.ones(C, device=weight.device)
     importance = importance.reshape(1, G, C // G).float()

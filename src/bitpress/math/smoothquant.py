@@ -5,7 +5,7 @@ Legend: P channels of a fold, C input columns of its consumers, R rows of one of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ def log_equalization_scale(x_max: Tensor) -> Tensor:
     return torch.where(x > 0, (x / torch.log2(2 + x)).clamp(min=SMALLEST), 1.0)
 
 
-def column_max(weights: Sequence[Tensor]) -> Tensor:
+def column_max(weights: Iterable[Tensor]) -> Tensor:
     """(C,) largest absolute weight of each input column over several weights (R_i, C)."""
     return torch.stack([w.abs().amax(0) for w in weights]).amax(0)
 
