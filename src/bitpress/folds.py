@@ -75,6 +75,14 @@ def _rows_by_head(R: int, C: int, head: int) -> Channels | None:
     return _grouped(R, C, head, heads) if R % heads == 0 and C % (heads * head) == 0 else None
 
 
+def _rows_by_query_head(R: int, C: int, head: int) -> Channels | None:
+    """Keys and values of each query head one after the other, in whatever sizes: the last rows are the values'."""
+    if not head or C % head:
+        return None
+    heads = C // head
+    return _grouped(R, C, head, heads) if R % heads == 0 and R // heads > head else None
+
+
 def _second_half(R: int, C: int, head: int) -> Channels | None:
     """Gate and up in one: up is the second half."""
     return Channels(torch.arange(C, R), torch.arange(C)) if R == 2 * C else None
@@ -96,6 +104,7 @@ LAYOUTS: dict[str, Callable[[int, int, int], Channels | None]] = {
     "all rows": _all_rows,
     "last rows": _last_rows,
     "rows by head": _rows_by_head,
+    "rows by query head": _rows_by_query_head,
     "second half": _second_half,
     "first half": _first_half,
 }
