@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-_EXPERT = re.compile(r"(?<=experts\.)\d+(?=\.)")
+_EXPERT = re.compile(r"(?<=experts\.)\d+(?=\.|$)")
 
 
 @dataclass(frozen=True)
