@@ -34,6 +34,8 @@ def budget(
     runs: bool = False,
 ) -> dict[str, Any]:
     """Batch size, budgets and expected peaks, all from shapes; `runs`: it is run even if no site needs it."""
+    from bitpress.sites import full_every
+
     item = subject.dtype.itemsize
     sizes = [_bytes(subject, subject.blocks.prefix(i)) for i in range(len(subject.blocks))]
     outside, block = _bytes(subject, None), max(sizes)
@@ -41,6 +43,8 @@ def budget(
     width = int(config.hidden_size)
     runs = runs or any(s.needs for s in sites)
     hidden = samples * length * width * item if runs else 0
+    if every := full_every(sites):  # the uncompressed model's, before and after a block
+        hidden += 2 * hidden // every
     widest = max((max(s.rows, s.columns) for s in sites), default=width)
     # one sequence's live activations in a block, and the float32 copy of the widest input for its Gram matrix
     sequence = length * (item * (6 * width + 3 * widest) + 4 * widest)

@@ -56,9 +56,9 @@ def solve(
         beside = input_scales(group_of_all.scheme, stats, dtype)
         # each linear stores its own copy
         solved = [replace(settle(z, grid), beside={n: t.clone() for n, t in beside.items()}) for z in solved]
-    if len(steps) == 1 and group_of_all is not None:
-        return solved
     gram = None if stats is None else stats.gram
+    if len(steps) == 1 and group_of_all is not None and (gram is None or "gram" in steps[0].modifier.needs):
+        return solved
     return [replace(z, error=relative_error(w, z.dense(), gram)) for w, z in zip(weights, solved, strict=True)]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from bitpress import chain, ranks
 from bitpress.blocks import Batch, collect, recorded_caches
 from bitpress.caches import CacheSite, cache_argument
 from bitpress.errors import NumericsError
+from bitpress.folding import Folding
 from bitpress.math.grid import Solved
 from bitpress.math.stats import InputStats
 from bitpress.output import Output
@@ -27,7 +28,7 @@ from bitpress.plan import Plan, experts_in
 from bitpress.progress import Progress
 from bitpress.report import LayerReport
 from bitpress.sites import Site, bits_per_weight, label
-from bitpress.states import HiddenStates
+from bitpress.states import FullStream, HiddenStates
 from bitpress.subject import Subject
 
 STARVED = 256  # tokens; an expert that saw fewer takes its statistics from all tokens of the block
@@ -55,6 +56,7 @@ class Run:
     starved_below: int = STARVED
 
     def __post_init__(self) -> None:
+        self.full: FullStream | None = None  # of the uncompressed model, where a modifier compares with it
         self.rows: list[dict[str, Any]] = []
         self.solved: list[tuple[Site, Solved]] = []
         self.caches: dict[str, Tensor] = {}
@@ -73,6 +75,8 @@ def execute(run: Run) -> None:
     forward = plan.needs_stats
     work = None if run.output is None else run.output.work
     states = HiddenStates(plan.hidden_on, run.device, work)
+    if plan.full_every:
+        run.full = FullStream(plan.full_every, plan.hidden_on, run.device, work)
     try:
         if forward:
             subject.load(None, run.device)
@@ -87,6 +91,8 @@ def execute(run: Run) -> None:
         _outside(run, states)
     finally:
         states.close()
+        if run.full is not None:
+            run.full.close()
         if forward:
             subject.unload(None)
 
@@ -102,6 +108,9 @@ def _block(run: Run, index: int, states: HiddenStates, *, collects: bool, feeds:
         if subject.streamed and not feeds:
             return
         progress.at(index, "replaying from its shard")
+        if run.full is not None:
+            subject.load(prefix, run.device)
+            _advance(run, index, run.full, states)
         read = [(s, run.output.read(index, s)) for s in sites]
         kept = run.output.read_others(index, subject, prefix, sites)
         subject.load(prefix, run.device, {**kept, **{s.key: solved.dense() for s, solved in read}})
@@ -113,22 +122,32 @@ def _block(run: Run, index: int, states: HiddenStates, *, collects: bool, feeds:
         progress.at(index, "loading")
         subject.load(prefix, run.device)
         run.timed("load", clock)
-        results = _solve_sites(run, index, sites, states, collects=collects)
-        _install(run, results)
+        folding = Folding(subject, index, uses, sites) if (uses := run.plan.smoothing[index]) else None
+        results = _solve_sites(run, index, sites, states, folding, collects=collects)
+        _install(run, results, folding)
         clock = time.perf_counter()
         scales = {}
         if caches:  # they are seen with the weights as they are stored, so the block's output comes first
             scales = _watch_caches(run, index, caches, states, feeds=feeds)
             clock = run.timed("propagate", clock)
             feeds = False
-        _store(run, index, prefix, results, scales)
+        _store(run, index, prefix, results, scales, folding)
         clock = run.timed("write", clock)
     if feeds:
         for i, batch in enumerate(_watched(run, states, index, "propagating", 0.7)):
             states[i] = subject.blocks.run(index, batch)
         run.timed("propagate", clock)
+    if run.full is not None:
+        run.full.advance()
     subject.unload(prefix)
     _trim()
+
+
+def _advance(run: Run, index: int, full: FullStream, states: HiddenStates) -> None:
+    """Run a block as it was, on the stream of the uncompressed model."""
+    for i, batch in enumerate(_watched(run, states, index, "full precision", 0.0)):
+        if full.has(i):
+            full.keep(i, run.subject.blocks.run(index, (batch[0], full[i])))
 
 
 def _trim() -> None:
@@ -152,25 +171,35 @@ def _outside(run: Run, states: HiddenStates) -> None:
         return
     if sites and not run.plan.needs_stats:
         run.subject.load(None, run.device)
-    results = _solve_sites(run, None, sites, states, collects=run.plan.needs_stats)
+    results = _solve_sites(run, None, sites, states, None, collects=run.plan.needs_stats)
     clock = time.perf_counter()
-    _install(run, results)
-    _store(run, total, None, results, {})
+    _install(run, results, None)
+    _store(run, total, None, results, {}, None)
     run.timed("write", clock)
 
 
 Result = tuple[LayerReport, Site, Solved]
 
 
-def _install(run: Run, results: list[Result]) -> None:
+def _install(run: Run, results: list[Result], folding: Folding | None) -> None:
     """Put the solved weights into the model, as a reader of the checkpoint will see them."""
+    if folding is not None:
+        folding.install()
     for _, site, z in results:
         _weight(run.subject.model, site).copy_(z.dense())
 
 
-def _store(run: Run, shard: int, prefix: str | None, results: list[Result], scales: dict[str, Tensor]) -> None:
+def _store(
+    run: Run,
+    shard: int,
+    prefix: str | None,
+    results: list[Result],
+    scales: dict[str, Tensor],
+    folding: Folding | None,
+) -> None:
     """Write the shard; `scales` are those of caches, by name on disk."""
     solved = [(site, z) for _, site, z in results]
+    changed = {} if folding is None else {key: t.cpu() for key, t in folding.changed.items()}
     rows = [report.to_dict() for report, _, _ in results]
     run.rows += rows
     run.solved += _kept(run, solved)
@@ -179,7 +208,7 @@ def _store(run: Run, shard: int, prefix: str | None, results: list[Result], scal
     if run.output is not None:
         run.progress.at(shard, "writing", 0.7)
         keys = run.subject.keys(prefix)
-        run.output.write(shard, run.subject, keys, solved, rows, last=prefix is None, beside=scales)
+        run.output.write(shard, run.subject, keys, solved, rows, last=prefix is None, beside=scales, changed=changed)
 
 
 def _kept(run: Run, solved: list[tuple[Site, Solved]]) -> list[tuple[Site, Solved]]:
@@ -221,68 +250,143 @@ def _weight(model: nn.Module, site: Site) -> Tensor:
 
 
 def _solve_sites(
-    run: Run, index: int | None, sites: list[Site], states: HiddenStates, *, collects: bool
+    run: Run, index: int | None, sites: list[Site], states: HiddenStates, folding: Folding | None, *, collects: bool
 ) -> list[Result]:
     """Statistics, in as many passes as memory asks for, and the algebra on them; weights are not yet changed."""
-    blocks = run.subject.blocks
-    at = len(blocks) if index is None else index
+    at = len(run.subject.blocks) if index is None else index
     results: dict[str, Result] = {}
     needy = [s for s in sites if collects and s.needs]
-    needs = frozenset().union(*(s.needs for s in needy))
+    by_module = {s.module: s for s in needy}
+
+    def solve(stats: InputStats, readers: Sequence[str], policy: str) -> None:
+        run.progress.at(at, "solving", 0.4)
+        results.update(_solve(run, [by_module[m] for m in readers if m in by_module], stats, policy, folding))
+
+    if run.full is not None and index is not None and not needy and folding is None:
+        _advance(run, index, run.full, states)
+    gather = partial(_gather, run, index, states)
+    if folding is None:
+        gather(by_module, {}, solve)
+    else:
+        held: list[tuple[InputStats, Sequence[str], str]] | None = []
+
+        def decide(stats: InputStats, readers: Sequence[str], policy: str) -> None:
+            run.progress.at(at, "smoothing", 0.4)
+            folding.decide(stats, readers)
+            if held is not None:
+                held.append((stats, readers, policy))
+
+        others = {m: None for m in folding.witnesses if m not in by_module}
+        if not gather(by_module, others, decide):
+            held = None  # memory does not hold them all: they are collected again
+        clock = time.perf_counter()
+        folding.settle(_first(run, states))
+        run.timed("smooth", clock)
+        if held is None:
+            gather(by_module, {}, solve)
+        while held:
+            solve(*held.pop(0))
     clock = time.perf_counter()
     free: dict[str, list[Site]] = {}
     for site in sites:
-        if site not in needy:
+        if site.module not in by_module:
             free.setdefault(site.partners or site.name, []).append(site)
     for together in free.values():
         run.progress.at(at, "rounding")
-        results |= _solve(run, together, None, "")
+        results |= _solve(run, together, None, "", folding)
     run.timed("solve", clock)
+    return [results[s.name] for s in sites]
+
+
+Take = Callable[[InputStats, Sequence[str], str], None]
+
+
+def _gather(
+    run: Run, index: int | None, states: HiddenStates, sites: dict[str, Site], others: dict[str, None], take: Take
+) -> bool:
+    """Hand over the statistics of every distinct input, with the module names of those that read it.
+
+    Args:
+        sites: by module name.
+        others: module names of more that read one, which are not compressed.
+
+    Returns:
+        Whether one pass of each kind held all of them.
+    """
+    blocks = run.subject.blocks
+    at = len(blocks) if index is None else index
+    needs = frozenset().union(*(s.needs for s in sites.values()))
     experts = experts_in(run.subject, index) if index is not None else []
     visit = blocks.visit_tail if index is None else partial(blocks.visit, index)
 
-    def gather(wanted: list[Site], policy: str) -> list[Site]:
-        """Solve them; returns the experts' sites that saw too few tokens (with a policy: none are let off)."""
-        by_module = {s.module: s for s in wanted}
-        waiting, starved = list(by_module), []
+    def beside(number: int) -> Batch | None:
+        if run.full is None or not run.full.has(number):
+            return None
+        return run.batches[number].to(run.device), run.full[number]
+
+    def passes(waiting: list[str], policy: str) -> tuple[list[str], bool]:
+        """Take them; returns the experts' sites that saw too few tokens (with a policy: none are let off)."""
+        starved: list[str] = []
+        whole = True
         while waiting:
             clock = time.perf_counter()
             modules = {m: run.subject.model.get_submodule(m) for m in waiting}
             batches = _watched(run, states, at, "statistics", 0.0)
-            got = collect(visit, modules, batches, budget=run.plan.gram_bytes, needs=needs, leave_early=not experts)
+            got = collect(
+                visit,
+                modules,
+                batches,
+                budget=run.plan.gram_bytes,
+                needs=needs,
+                leave_early=not experts,
+                beside=beside,
+                keep=None if run.full is None else run.full.keep,
+                unpaired=frozenset(m for m, s in sites.items() if s.expert is not None),
+            )
             clock = run.timed("statistics", clock)
-            run.progress.at(at, "solving", 0.4)
             met = set(got.deferred)
             for own, readers in got.groups:
                 met.update(readers)
-                stats, group = ranks.reduce(own), [by_module[m] for m in readers]
-                if not policy and group[0].expert is not None and stats.tokens < run.starved_below:
-                    starved += group
+                stats = ranks.reduce(own)
+                first = sites.get(readers[0])
+                if not policy and first is not None and first.expert is not None and stats.tokens < run.starved_below:
+                    starved += readers
                 else:
-                    results.update(_solve(run, group, stats, policy))
+                    take(stats, readers, policy)
             run.timed("solve", clock)
-            for site in (by_module[m] for m in waiting if m not in met):
-                if site.expert is None or policy:
-                    raise NumericsError(f"{site.name}: never called, so it has no statistics; add it to ignore")
-                starved.append(site)
+            for module in (m for m in waiting if m not in met):
+                if module not in sites or sites[module].expert is None or policy:
+                    name = sites[module].name if module in sites else module
+                    raise NumericsError(f"{name}: never called, so it has no statistics; add it to ignore")
+                starved.append(module)
             waiting = list(got.deferred)
-        return starved
+            whole = whole and not waiting
+        return starved, whole
 
-    if starved := gather(needy, ""):
+    starved, whole = passes([*sites, *others], "")
+    if starved:
         for module in experts:
             path = next(n for n, m in run.subject.experts.items() if m is module)
-            module.on_all_tokens = frozenset(
-                s.expert for s in starved if s.expert is not None and s.module.startswith(path + ".")
-            )
+            numbers = (sites[m].expert for m in starved if m.startswith(path + "."))
+            module.on_all_tokens = frozenset(n for n in numbers if n is not None)
         try:
-            gather(starved, f"all tokens of the block: the router gave it fewer than {run.starved_below}")
+            _, again = passes(starved, f"all tokens of the block: the router gave it fewer than {run.starved_below}")
         finally:
             for module in experts:
                 module.on_all_tokens = frozenset()
-    return [results[s.name] for s in sites]
+        whole = whole and again
+    return whole
 
 
-def _solve(run: Run, sites: list[Site], stats: InputStats | None, policy: str) -> dict[str, Result]:
+def _first(run: Run, states: HiddenStates) -> Batch:
+    """The first sequence, and its hidden states."""
+    hidden = states[0]
+    return run.batches[0][:1].to(run.device), None if hidden is None else hidden[:1]
+
+
+def _solve(
+    run: Run, sites: list[Site], stats: InputStats | None, policy: str, folding: Folding | None
+) -> dict[str, Result]:
     """Linears that read the same input: one call of the solver for those with the same steps."""
     results: dict[str, Result] = {}
     parts: dict[tuple[Any, ...], list[Site]] = {}
@@ -290,9 +394,11 @@ def _solve(run: Run, sites: list[Site], stats: InputStats | None, policy: str) -
         steps = tuple((id(s.modifier), s.claim.name, s.sparsity) for s in site.steps)
         # what must share a number is solved in one call, and nothing else with it
         parts.setdefault((steps, site.partners), []).append(site)
+    if folding is not None and stats is not None and sites:
+        stats = folding.smoothed(stats, sites[0].module)
     for part in parts.values():
         clock = time.perf_counter()
-        weights = [_weight(run.subject.model, s).float() for s in part]
+        weights = [_weight(run.subject.model, s).float() if folding is None else folding.weight(s.module) for s in part]
         for site, weight in zip(part, weights, strict=True):
             if not torch.isfinite(weight).all():
                 raise NumericsError(f"{site.name}: NaN or infinity in the weight; the checkpoint is damaged")

@@ -20,10 +20,11 @@ from bitpress.checkpoint import file_size
 from bitpress.clients import client_notes
 from bitpress.errors import PlanError
 from bitpress.experts import UnfusedExperts, fused_left
+from bitpress.foldplan import Use, find_smoothing, smoothed_sites
 from bitpress.modifiers.base import LinearModifier, names
 from bitpress.modifiers.quantization import SchemeModifier
 from bitpress.schemes import QuantArgs
-from bitpress.sites import Site, bits_per_weight, disk_module, find_sites, label, misfits, stored_spec
+from bitpress.sites import Site, bits_per_weight, disk_module, find_sites, full_every, label, misfits, stored_spec
 from bitpress.subject import Subject
 
 
@@ -43,6 +44,7 @@ class Plan:
         hidden_on: where hidden states are kept, "device", "host" or "disk".
         caches: caches of keys and values that get scales.
         cache_scheme: how caches are quantized, None if they are not.
+        smoothing: of each block, the folds that are scaled before its linears are compressed.
     """
 
     sites: tuple[Site, ...]
@@ -57,10 +59,16 @@ class Plan:
     hidden_on: str
     caches: tuple[CacheSite, ...] = ()
     cache_scheme: QuantArgs | None = None
+    smoothing: tuple[tuple[Use, ...], ...] = ()
 
     @property
     def quantized(self) -> tuple[Site, ...]:
         return tuple(s for s in self.sites if s.group is not None)
+
+    @property
+    def full_every(self) -> int:
+        """See `sites.full_every`."""
+        return full_every(self.sites)
 
     @property
     def needs_stats(self) -> bool:
@@ -107,6 +115,11 @@ class Plan:
             "device_bytes": self.device_bytes,
             "batch_size": self.batch_size,
             "hidden_states_on": self.hidden_on,
+            "smoothing": [
+                {"block": i, "method": u.modifier.smoothing, "producer": u.fold.producer, "consumers": u.fold.consumers}
+                for i, uses in enumerate(self.smoothing)
+                for u in uses
+            ],
             "notes": list(self.notes),
         }  # fmt: skip
 
@@ -122,6 +135,7 @@ def make(
     batch_size: int | None = None,
     output: Path | None = None,
     compressed: bool = True,
+    trust_remote_code: bool = False,
 ) -> Plan:
     """Hold the modifiers against the model.
 
@@ -131,6 +145,7 @@ def make(
         batch_size: sequences per forward instead of what memory allows.
         output: the folder that will be written, for the check of free space.
         compressed: pack the weights; else dense weights beside their scales.
+        trust_remote_code: run code that the model brings, for a tiny copy of it.
 
     Raises:
         PlanError: all faults of the run.
@@ -145,6 +160,10 @@ def make(
     caches, more = find_caches(cache_schemes, subject)
     faults += more
     notes += client_notes(subject, sites, cache_schemes)
+    smoothing = find_smoothing(modifiers, subject, sites, trust_remote_code=trust_remote_code)
+    sites = smoothed_sites(sites, smoothing, subject)
+    faults += smoothing.faults
+    notes += smoothing.notes
     if unknown := subject.layout.unknown:
         notes.append(
             f"{unknown[0]} (and {len(unknown) - 1} more): the model has no place for it; carried over as it is"
@@ -159,8 +178,9 @@ def make(
         raise PlanError(fault)
     scheme = next(iter(cache_schemes), None)
     return Plan(
-        tuple(sites), ignored, tuple(notes), shards, output_bytes, **memory, caches=tuple(caches), cache_scheme=scheme
-    )
+        tuple(sites), ignored, tuple(notes), shards, output_bytes, **memory,
+        caches=tuple(caches), cache_scheme=scheme, smoothing=tuple(smoothing.uses),
+    )  # fmt: skip
 
 
 def _unknown_experts(subject: Subject, modifiers: Sequence[LinearModifier]) -> list[str]:

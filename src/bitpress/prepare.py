@@ -64,6 +64,7 @@ def prepare(args: Arguments) -> Prepared:
             made = plan.make(
                 modifiers, subject, samples=args.num_calibration_samples, length=args.max_seq_length, device=device,
                 max_memory=args.max_memory, batch_size=args.batch_size, output=output, compressed=args.save_compressed,
+                trust_remote_code=args.trust_remote_code_model,
             )  # fmt: skip
         except PlanError as error:
             faults.append(error)

@@ -16,6 +16,7 @@ from torch import nn
 from bitpress import formats
 from bitpress.modifiers.base import Claim, LinearModifier, names
 from bitpress.modifiers.quantization import SchemeGroup, SchemeModifier
+from bitpress.modifiers.smoothing import ScaleModifier
 from bitpress.schemes import QuantArgs, Scheme
 from bitpress.subject import Subject, output_head
 from bitpress.targets import LinearName, resolve, specificity
@@ -27,6 +28,9 @@ FUSED = (
     ("w1", "w3"),
     ("q_a_proj", "kv_a_proj_with_mqa"),
 )
+
+
+PAIRED_EVERY = 4  # the drift of inputs, much damped, is known well enough from a quarter of the data
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class Site:
         steps: what is done to it, in order.
         expert: index of its expert, if it is part of one.
         dtype: in which its scales are stored.
+        smoothing: modifiers that scale its input, before the steps.
     """
 
     name: str
@@ -65,6 +70,7 @@ class Site:
     steps: tuple[Step, ...]
     expert: int | None
     dtype: torch.dtype = torch.bfloat16
+    smoothing: tuple[ScaleModifier, ...] = ()
 
     @property
     def key(self) -> str:
@@ -82,12 +88,13 @@ class Site:
 
     @property
     def method(self) -> str:
-        return "+".join(s.modifier.method for s in self.steps)
+        return "+".join([*(m.smoothing for m in self.smoothing), *(s.modifier.method for s in self.steps)])
 
     @property
     def needs(self) -> frozenset[str]:
-        """Statistics of its input that its steps read, see `Modifier.needs`."""
-        return frozenset().union(*(s.modifier.needs_of(s.claim) for s in self.steps))
+        """Statistics of its input that smoothing and steps read, see `Modifier.needs`."""
+        own = (s.modifier.needs_of(s.claim) for s in self.steps)
+        return frozenset().union(*(m.needs for m in self.smoothing), *own)
 
     @property
     def partners(self) -> str:
@@ -97,6 +104,11 @@ class Site:
         parent, _, leaf = self.name.rpartition(".")
         together = next((names for names in FUSED if leaf in names), None)
         return self.name if together is None else f"{parent}.{'+'.join(together)}"
+
+
+def full_every(sites: Sequence[Site]) -> int:
+    """Every n-th batch also runs in the uncompressed model, for those who compare with it; 0: none does."""
+    return PAIRED_EVERY if any("drift" in s.needs for s in sites) else 0
 
 
 def label(group: SchemeGroup | None) -> str:

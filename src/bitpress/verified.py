@@ -20,6 +20,9 @@ SMALL: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "moe_intermediate_size": 16, "num_experts": 4, "num_local_experts": 4,
     "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "sliding_window": 16,
+    "num_experts_per_tok": 2, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
+    "shared_expert_intermediate_size": 24, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16, "v_head_dim": 12,
 }  # fmt: skip
 
 
@@ -45,20 +48,31 @@ def check_blocks(subject: Subject, *, trust_remote_code: bool = False) -> None:
         raise PlanError(f"model type '{kind}': a tiny copy run block by block differs by {off:.2g}: {remedy}")
 
 
-def tiny_copy(config: Any, *, trust_remote_code: bool = False) -> Any:
+def tiny_copy(config: Any, *, layers: int = 4, trust_remote_code: bool = False) -> Any:
     """A model of the same architecture with random weights and small sizes, float32, on the CPU."""
     from transformers import AutoModelForCausalLM
 
     small = deepcopy(config)
     text = small.get_text_config() if hasattr(small, "get_text_config") else small
     for name, value in SMALL.items():
-        if getattr(text, name, None) is not None:
+        if getattr(text, name, None) is not None and not _computed(text, name):
             setattr(text, name, value)
+    if getattr(text, "num_kv_heads", None) is not None:  # Falcon: grouped in its newer form only
+        text.num_kv_heads = 2 if text.new_decoder_architecture else text.num_attention_heads
+    if getattr(text, "kv_lora_rank", None) is not None:  # latent attention has no grouped heads
+        text.num_key_value_heads = text.num_attention_heads
+    text.num_hidden_layers = layers
     if getattr(text, "layer_types", None):
-        text.layer_types = (list(text.layer_types) * 4)[:4]
+        text.layer_types = (list(text.layer_types) * layers)[:layers]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(small, dtype=torch.float32, trust_remote_code=trust_remote_code).eval()
+
+
+def _computed(config: Any, name: str) -> bool:
+    """Whether an attribute follows from others and cannot be set."""
+    attribute = getattr(type(config), name, None)
+    return isinstance(attribute, property) and attribute.fset is None
 
 
 @torch.no_grad()

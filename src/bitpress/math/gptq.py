@@ -9,7 +9,6 @@ stays exactly zero (what counts as pruned: `bitpress.math.masks.pruned`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import accumulate
 
 import torch
@@ -76,6 +75,7 @@ def gptq(
     rows = [len(w) for w in weights]
     target = torch.cat(list(weights))
     qparams = _together(found)
+    top = qparams.global_scale
     keep = _stacked([pruned(w) for w in weights], weights)
 
     perm = torch.argsort(diagonal, descending=True, stable=True) if order else torch.arange(C, device=gram.device)
@@ -87,19 +87,19 @@ def gptq(
     ordered, wanted = hessian[perm][:, perm], target[:, perm]
     kept = None if keep is None else keep[:, perm]
     codes = sweep(wanted, inverse_factor(ordered), qparams, groups, grid, block_size, kept)
-    for _ in range(refine if keep is None else max(refine, 1)):
-        codes = descend(
-            wanted, codes, ordered, qparams, groups, grid, block_size, passes=1 if keep is None else PASSES, keep=kept
+    if keep is not None:  # the sweep's compensation counted on weights that were to become zero
+        some = torch.cat([torch.full((len(w),), pruned(w) is not None) for w in weights]).to(codes.device)
+        mine = QParams(qparams.scale[some], None if qparams.zero_point is None else qparams.zero_point[some], top)
+        codes[some] = descend(
+            wanted[some], codes[some], ordered, mine, groups, grid, block_size, passes=PASSES, keep=keep[some][:, perm]
         )
-        if refine:
-            qparams = refit_scales(target, codes[:, back], hessian, qparams, grid)
+    for _ in range(refine):
+        codes = descend(wanted, codes, ordered, qparams, groups, grid, block_size, passes=1, keep=kept)
+        qparams = refit_scales(target, codes[:, back], hessian, qparams, grid)
     in_place = codes[:, back]
-    tops = [q.global_scale for q in found]
     return [
-        solved(w, part.contiguous(), replace(qparams.rows(end - len(w), end), global_scale=top), gram)
-        for w, part, end, top in zip(
-            torch.split(original, rows), torch.split(in_place, rows), accumulate(rows), tops, strict=True
-        )
+        solved(w, part.contiguous(), qparams.rows(end - len(w), end), gram)
+        for w, part, end in zip(torch.split(original, rows), torch.split(in_place, rows), accumulate(rows), strict=True)
     ]
 
 

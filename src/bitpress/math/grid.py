@@ -204,7 +204,9 @@ class Solved:
         return self.codes, self.qparams
 
 
-def find_qparams(weight: Tensor, grid: Grid, importance: Tensor | None = None, search: bool = False) -> QParams:
+def find_qparams(
+    weight: Tensor, grid: Grid, importance: Tensor | None = None, search: bool = False, share: float = 1.0
+) -> QParams:
     """Scales and zero points of a weight.
 
     Without `search` the range of each group is covered (min-max; symmetric integers: absmax / (qmax + 0.5), so that
@@ -219,6 +221,7 @@ def find_qparams(weight: Tensor, grid: Grid, importance: Tensor | None = None, s
         grid: the target grid.
         importance: (C,) non-negative weights of the columns, or None for all equal.
         search: search the scale instead of covering the range.
+        share: without search, the share of the range that is covered.
 
     Returns:
         scale (R, G) in `grid.scale_dtype`, zero point (R, G) int8 or None, global scale (1,) float32 or None.
@@ -228,9 +231,8 @@ def find_qparams(weight: Tensor, grid: Grid, importance: Tensor | None = None, s
     grouped = weight.reshape(R, G, C // G)
     low, high = _shared(grouped.amin(-1), grid, torch.amin), _shared(grouped.amax(-1), grid, torch.amax)
     top = global_scale(low, high) if grid.scales == "two-level" else None
-    full = _from_range(low, high, grid, top)
     if not search:
-        return full
+        return _from_range(low * share, high * share, grid, top)
     if importance is None:
         importance = torch.ones(C, device=weight.device)
     importance = importance.reshape(1, G, C // G).float()

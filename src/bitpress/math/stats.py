@@ -102,7 +102,7 @@ class StatsAccumulator:
     def nbytes(channels: int, needs: frozenset[str]) -> int:
         """Bytes held for an input of `channels` features."""
         matrices = ("gram" in needs) + 2 * ("drift" in needs)
-        return matrices * GramAccumulator.nbytes(channels) + 16 * channels
+        return matrices * GramAccumulator.nbytes(channels) or 16 * channels
 
     def add(self, x: Tensor, full: Tensor | None = None) -> None:
         """Add the tokens of `x` (..., C); `full`: the same input in the uncompressed model, of the same shape."""

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from bitpress.modifiers.awq import AWQModifier
 from bitpress.modifiers.base import Modifier
 from bitpress.modifiers.quantization import GPTQModifier, QuantizationModifier, SchemeGroup
+from bitpress.modifiers.smoothquant import SmoothQuantModifier
 
 MODIFIERS: dict[str, type[Modifier]] = {
+    "AWQModifier": AWQModifier,
     "GPTQModifier": GPTQModifier,
     "QuantizationModifier": QuantizationModifier,
+    "SmoothQuantModifier": SmoothQuantModifier,
 }
 
 # Names that recipes use and this table does not have yet: an answer, never "unknown".
 MODIFIERS_LATER = (
-    "AWQModifier",
     "ConstantPruningModifier",
     "MagnitudePruningModifier",
-    "SmoothQuantModifier",
     "SparseGPTModifier",
     "TuneModifier",
     "WandaPruningModifier",
@@ -24,8 +26,10 @@ MODIFIERS_LATER = (
 __all__ = [
     "MODIFIERS",
     "MODIFIERS_LATER",
+    "AWQModifier",
     "GPTQModifier",
     "Modifier",
     "QuantizationModifier",
     "SchemeGroup",
+    "SmoothQuantModifier",
 ]

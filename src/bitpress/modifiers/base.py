@@ -222,6 +222,7 @@ def names(value: str | list[str]) -> tuple[str, ...]:
 def _readable(annotation: str) -> str:
     names = {"Float": "a number", "int": "a whole number", "str": "text", "bool": "true or false"}
     names |= {"Names": "a name or a list of names", "Groups": "groups by name", "None": "null"}
+    names |= {"Mappings": "a list of mappings"}
     names |= {"OrderName": "'none', 'weight' or 'static'"}
     if annotation.startswith("Literal["):
         inside, _, rest = annotation.removeprefix("Literal[").partition("]")

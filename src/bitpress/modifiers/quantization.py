@@ -251,6 +251,11 @@ class GPTQModifier(SchemeModifier):
             their own order; "none" or null solves from left to right. Default: "static".
         observer: how scales are chosen: "minmax" covers every weight, "mse" searches the least squared error,
             "hessian" the least error weighted by the diagonal of the Gram matrix. Default: "hessian".
+        refine: rounds of coordinate descent on the codes (Behdin et al. 2023, arXiv 2309.01885) and joint least
+            squares on the scales, after the sweep. Default: 2.
+        correct: share, 0 to 1, of the drift of the layer's input from the uncompressed model's that its weights are
+            to undo (in the manner of Qronos: Zhang et al. 2025, arXiv 2505.11695); costs a forward of a quarter of
+            the data in the uncompressed model. Default: 0.
         sequential_update: has no effect. Default: none.
         sequential_targets: has no effect. Default: none.
         offload_hessians: has no effect. Default: none.
@@ -264,13 +269,15 @@ class GPTQModifier(SchemeModifier):
     dampening_frac: Float = 0.01
     actorder: OrderName | None = "static"
     observer: Literal["minmax", "mse", "hessian"] = "hessian"
+    refine: int = 2
+    correct: Float = 0.0
     sequential_update: bool | None = None
     sequential_targets: Names | None = None
     offload_hessians: bool | None = None
 
     @property
     def weights_need(self) -> frozenset[str]:
-        return frozenset({"gram"})
+        return frozenset({"gram", "drift"} if self.correct else {"gram"})
 
     def solve(
         self, weights: Sequence[Tensor], stats: InputStats | None, group: SchemeGroup, grid: Grid
@@ -286,6 +293,8 @@ class GPTQModifier(SchemeModifier):
             order=group.actorder is not None,
             block_size=self.block_size,
             dampening_frac=self.dampening_frac,
+            refine=self.refine,
+            correct=self.correct,
         )
 
     def faults(self) -> list[str]:
@@ -294,6 +303,10 @@ class GPTQModifier(SchemeModifier):
             found.append(f"block_size: must be at least 1 column, got {self.block_size}")
         if not 0 <= self.dampening_frac < math.inf:
             found.append(f"dampening_frac: must be 0 or a positive fraction, got {self.dampening_frac}")
+        if self.refine < 0:
+            found.append(f"refine: must be 0 or more rounds, got {self.refine}")
+        if not 0 <= self.correct <= 1:
+            found.append(f"correct: must be a share from 0 to 1, got {self.correct}")
         return found + act_order_faults(self.actorder, "actorder")
 
     def notes(self) -> list[str]:

@@ -1,0 +1,156 @@
+"""AWQ: scale up the input channels that matter before rounding (Lin et al. 2023, arXiv 2306.00978).
+
+Scales come from a grid x_mean^r (with `duo`: over w_mean^(1-r)), each scored by the output error after rounding,
+tr(dW G dW^T) with the Gram matrix G of the inputs: where the paper runs the layers again for every candidate, this
+is the same figure as algebra on statistics that are there already.
+
+Legend: R out features, C in features, P channels of a fold, G Gram matrix (C, C), s scale, r ratio.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bitpress.math.grid import CHUNK, SHRINK, Grid, QParams, Solved, dequantize, find_qparams, quantize, solved
+from bitpress.math.stats import bfloat16_products
+
+SMALLEST = 1e-4  # of a scale before normalization
+CLIP = tuple(k for k in SHRINK if k <= 1)  # shares of the full range; above 1 nothing would be clipped
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A weight, or a sample of its rows, that reads the channels of a fold and will be rounded.
+
+    Attributes:
+        weight: (R, C) float32.
+        grid: to which it will be rounded; None: it will not.
+        observer: how its scales will be chosen: "minmax", "hessian" (weighted search), or else a plain search.
+    """
+
+    weight: Tensor
+    grid: Grid | None
+    observer: str = "minmax"
+
+
+def best_scale(readers: Sequence[Reader], gram: Tensor, columns: Tensor, candidates: Iterable[Tensor]) -> Tensor:
+    """The candidate with the least output error after rounding; scale 1 is always among them.
+
+    Args:
+        readers: the weights that read the fold's channels.
+        gram: (C, C) of their common input.
+        columns: (C,) channel of each input column.
+        candidates: scales (P,).
+    """
+    best = torch.ones(int(columns.max()) + 1, device=columns.device)
+    least = rounding_error(readers, gram, None)
+    for s in candidates:
+        error = rounding_error(readers, gram, s[columns])
+        if error < least:
+            best, least = s, error
+    return best
+
+
+def rounding_error(readers: Sequence[Reader], gram: Tensor, s: Tensor | None) -> float:
+    """Sum over the weights of tr(dW G dW^T) with dW = round(W s) / s - W, for column scales s (C,); None: all 1."""
+    total = 0.0
+    diagonal = gram.diagonal() if s is None else gram.diagonal() / s.square()
+    for reader in readers:
+        if reader.grid is None:
+            continue
+        w = reader.weight if s is None else reader.weight * s
+        weighted = reader.observer == "hessian"
+        qparams = find_qparams(w, reader.grid, diagonal if weighted else None, search=reader.observer != "minmax")
+        delta = dequantize(quantize(w, qparams, reader.grid), qparams).float().sub_(w)
+        if s is not None:
+            delta /= s
+        with bfloat16_products(True):
+            total += float((delta @ gram).mul_(delta).sum())
+    return total
+
+
+def candidates(x_mean: Tensor, w_mean: Tensor, *, duo: bool | str, n_grid: int) -> list[Tensor]:
+    """Scales s = x_mean^r / w_mean^(1-r), or x_mean^r, for ratios r = 0, 1/n, ..., 1; normalized, without scale 1.
+
+    Args:
+        x_mean: (P,) mean absolute input of each channel.
+        w_mean: (P,) mean share of their groups' largest weight that its weights take, see `relative_weight`.
+        duo: True: both; False: activations alone; "both": half of the grid each.
+        n_grid: steps from r = 0 to r = 1.
+    """
+    kinds = [True, False] if duo == "both" else [bool(duo)]
+    points = max(1, n_grid // len(kinds))
+    found = []
+    for kind in kinds:
+        for i in range(0 if kind else 1, points + 1):
+            r = i / points
+            s = x_mean.float().clamp(min=SMALLEST) ** r
+            if kind:
+                s = s / (w_mean.float() ** (1 - r) + SMALLEST)
+            found.append(normalized(s, x_mean > 0))
+    return found
+
+
+def normalized(s: Tensor, live: Tensor) -> Tensor:
+    """A scale with geometric mean 1 over the live channels; the others get 1.
+
+    The paper divides by sqrt(max min); any common factor gives the same rounding but for that of the stored scales.
+    """
+    if not live.any():
+        return torch.ones_like(s)
+    log = s.clamp(min=SMALLEST).log()
+    return torch.where(live, (log - log[live].mean()).exp(), 1.0)
+
+
+def relative_weight(readers: Sequence[Reader]) -> Tensor:
+    """(C,) mean over all rows of |w| as a share of the largest weight of its group."""
+    shares, rows = [], 0
+    for reader in readers:
+        R, C = reader.weight.shape
+        G = 1 if reader.grid is None else reader.grid.groups(C)
+        a = reader.weight.abs().reshape(R, G, C // G)
+        shares.append((a / a.amax(-1, keepdim=True).clamp(min=1e-30)).reshape(R, C).sum(0))
+        rows += R
+    return torch.stack(shares).sum(0) / rows
+
+
+def clipped(weight: Tensor, grid: Grid, gram: Tensor) -> Solved:
+    """Round to nearest with each group's range shrunk to the share in `CLIP` that errs least in the output.
+
+    A group's error is dw G_gg dw^T with its own block of the Gram matrix: what the paper measures on samples.
+
+    Args:
+        weight: (R, C) float32.
+        gram: (C, C) of its input.
+    """
+    R, C = weight.shape
+    G = grid.groups(C)
+    size = C // G
+    blocks = torch.stack([gram[g * size : (g + 1) * size, g * size : (g + 1) * size] for g in range(G)])
+    tried = [find_qparams(weight, grid, share=share) for share in CLIP]
+    losses = torch.stack([_group_errors(weight, q, grid, blocks) for q in tried])
+    if grid.per_tensor:
+        losses = losses.sum((1, 2), keepdim=True).expand(-1, R, G)
+    best = losses.argmin(0, keepdim=True)
+    scale = torch.stack([q.scale for q in tried]).gather(0, best)[0]
+    zeros = [q.zero_point for q in tried if q.zero_point is not None]
+    zero = torch.stack(zeros).gather(0, best)[0] if zeros else None
+    qparams = QParams(scale, zero)
+    return solved(weight, quantize(weight, qparams, grid), qparams, gram)
+
+
+def _group_errors(weight: Tensor, qparams: QParams, grid: Grid, blocks: Tensor) -> Tensor:
+    """dw G_gg dw^T of each row and group (R, G), with the Gram matrix's diagonal blocks (G, C/G, C/G)."""
+    R, C = weight.shape
+    G, size, _ = blocks.shape
+    out = torch.empty(R, G, device=weight.device)
+    step = max(1, CHUNK // C)
+    for lo in range(0, R, step):
+        w, q = weight[lo : lo + step], qparams.rows(lo, lo + step)
+        delta = dequantize(quantize(w, q, grid), q).float().sub_(w).reshape(-1, G, size).transpose(0, 1)
+        out[lo : lo + step] = (delta @ blocks).mul_(delta).sum(-1).T
+    return out
