@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bitpress.math.grid import Grid, QParams
-from bitpress.math.sweep import Rounding, by_columns, walk
+from bitpress.math.grid import Grid, QParams, values_of
+from bitpress.math.sweep import Rounding, by_columns, transposed, walk
 
 
 def descend(
@@ -43,6 +43,8 @@ def descend(
     Returns:
         codes (R, C).
     """
+    if weight.device.type == "cuda":
+        return descend_by_kernel(weight, codes, hessian, qparams, groups, grid, passes=passes, keep=keep)
     rounding = Rounding.of(qparams, groups, grid, keep)
     target, result = by_columns(weight), by_columns(codes)
     dense = torch.empty_like(target)
@@ -62,3 +64,26 @@ def descend(
 
         walk(gradient, hessian, project, block_size)
     return result.T.contiguous()
+
+
+def descend_by_kernel(
+    weight: Tensor,
+    codes: Tensor,
+    hessian: Tensor,
+    qparams: QParams,
+    groups: Tensor,
+    grid: Grid,
+    *,
+    passes: int,
+    keep: Tensor | None = None,
+) -> Tensor:
+    """`descend` by `bitpress.math.kernels.columns`, whose blocks have a width of their own."""
+    from bitpress.math.kernels import columns
+
+    scale, zero, kept = transposed(qparams, keep)
+    values = values_of(by_columns(codes))
+    dense = (values if zero is None else values - zero[groups]) * scale[groups]
+    target, steps = weight.T, 1 / hessian.diagonal()
+    for _ in range(passes):
+        values = columns.walk(hessian @ (target - dense), hessian, scale, zero, groups, grid, steps, kept, dense)
+    return grid.codes(values).T.contiguous()

@@ -68,8 +68,10 @@ def sweep(
     Returns:
         codes (R, C), columns in the order given.
     """
-    rounding = Rounding.of(qparams, groups, grid, keep)
+    if weight.device.type == "cuda":
+        return sweep_by_kernel(weight, factor, qparams, groups, grid, keep)
     work = by_columns(weight)
+    rounding = Rounding.of(qparams, groups, grid, keep)
     codes = torch.empty(work.shape, dtype=grid.code_dtype, device=weight.device)
     pivots = pivots_of(factor)
     q = torch.empty_like(work[0])
@@ -81,6 +83,18 @@ def sweep(
 
     walk(work, factor, project, block_size)
     return codes.T.contiguous()
+
+
+def sweep_by_kernel(
+    weight: Tensor, factor: Tensor, qparams: QParams, groups: Tensor, grid: Grid, keep: Tensor | None = None
+) -> Tensor:
+    """`sweep` by `bitpress.math.kernels.columns`, whose blocks have a width of their own."""
+    from bitpress.math.kernels import columns
+
+    scale, zero, kept = transposed(qparams, keep)
+    pivots = factor.diagonal().contiguous()
+    values = columns.walk(by_columns(weight), factor, scale, zero, groups, grid, pivots, kept)
+    return grid.codes(values).T.contiguous()
 
 
 @dataclass(frozen=True)
@@ -99,13 +113,8 @@ class Rounding:
     @classmethod
     def of(cls, qparams: QParams, groups: Tensor, grid: Grid, keep: Tensor | None) -> Rounding:
         """From tensors as solvers have them: (R, G), (C,), (R, C)."""
-        return cls(
-            scale=qparams.effective().T.contiguous(),
-            zero=None if qparams.zero_point is None else qparams.zero_point.T.float().contiguous(),
-            groups=groups.tolist(),
-            grid=grid,
-            keep=None if keep is None else keep.T.float().contiguous(),
-        )
+        scale, zero, kept = transposed(qparams, keep)
+        return cls(scale, zero, groups.tolist(), grid, kept)
 
     def project(self, j: int, w: Tensor, codes: Tensor, q: Tensor) -> None:
         """Writes the codes of column `j`, whose weights are `w` (R,), and what they mean into `q` (R,)."""
@@ -127,6 +136,12 @@ class Rounding:
         if self.zero is not None:
             q.sub_(self.zero[self.groups[j]])
         q.mul_(self.scale[self.groups[j]])
+
+
+def transposed(qparams: QParams, keep: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Scales and zero points (G, R), kept weights (C, R), float32."""
+    zero = None if qparams.zero_point is None else qparams.zero_point.T.float().contiguous()
+    return qparams.effective().T.contiguous(), zero, None if keep is None else keep.T.float().contiguous()
 
 
 Project = Callable[[int, Tensor], None]

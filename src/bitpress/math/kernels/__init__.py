@@ -1,0 +1,1 @@
+"""Triton versions of hot loops, each held against its pure function in the tests."""

@@ -1,0 +1,56 @@
+"""Triton kernels against the pure functions: through Triton's interpreter where there is no GPU."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+pytest.importorskip("triton")
+
+from bitpress.math.descent import descend, descend_by_kernel
+from bitpress.math.grid import Grid, find_qparams
+from bitpress.math.sweep import inverse_factor, sweep, sweep_by_kernel
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GRIDS = {
+    "int4 group": {"bits": 4, "symmetric": True, "group_size": 8},
+    "int3 channel asym": {"bits": 3, "symmetric": False, "group_size": None},
+    "e2m1 group": {"bits": 4, "symmetric": True, "group_size": 8, "values": "e2m1"},
+    "e4m3 channel": {"bits": 8, "symmetric": True, "group_size": None, "values": "e4m3"},
+}
+
+
+def problem(rows, columns, grid, condition):
+    generator = torch.Generator().manual_seed(columns + rows)
+    mix = torch.randn(columns, columns, generator=generator) / columns**0.5
+    mix *= torch.logspace(0, -condition, columns)
+    x = torch.randn(3 * columns, columns, generator=generator) @ mix
+    gram = x.T @ x
+    gram.diagonal().add_(0.01 * gram.diagonal().mean())
+    weight = torch.randn(rows, columns, generator=generator)
+    groups = torch.arange(columns) // (grid.group_size or columns)
+    return weight, gram, find_qparams(weight, grid, gram.diagonal(), search=True), groups
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+@pytest.mark.parametrize("condition", [0, 3], ids=["random", "ill-conditioned"])
+@pytest.mark.parametrize(("rows", "columns"), [(5, 8), (17, 136)])
+@pytest.mark.parametrize("kind", GRIDS)
+def test_the_same_codes_as_the_pure_walk(kind, rows, columns, condition, pruned):
+    grid = Grid(per_tensor=False, scale_dtype=torch.bfloat16, **GRIDS[kind])
+    weight, gram, qparams, groups = problem(rows, columns, grid, condition)
+    keep = (weight.abs() > 0.3) if pruned else None
+    factor = inverse_factor(gram)
+    codes = sweep(weight, factor, qparams, groups, grid, 64, keep)
+    moved = [None if t is None else t.to(DEVICE) for t in (weight, factor, groups, keep)]
+    found = sweep_by_kernel(moved[0], moved[1], qparams.to(DEVICE), moved[2], grid, moved[3]).cpu()
+    assert found.dtype == grid.code_dtype
+    # sums in another order may take a weight that lies on the edge to the other side
+    assert (found.float() == codes.float()).float().mean() > 0.995
+    better = descend(weight, codes, gram, qparams, groups, grid, 64, passes=2, keep=keep)
+    args = (moved[0], codes.to(DEVICE), gram.to(DEVICE), qparams.to(DEVICE), moved[2], grid)
+    found = descend_by_kernel(*args, passes=2, keep=moved[3]).cpu()
+    assert (found.float() == better.float()).float().mean() > 0.995
+    assert not torch.equal(better.float(), codes.float()) or columns == 8
