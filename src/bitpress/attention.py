@@ -10,30 +10,21 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bitpress.math.stats import bfloat16_products
+from bitpress.math.stats import bfloat16_products, mode_is_exact
 
 SLICE = 64  # queries a slice: shorter ones save more of the upper triangle, but are slower a flop
 SCORES = 1 << 20  # at work at a time, so that they stay in the cache
 
 
-@cache
-def supported() -> bool:
-    """Whether this processor is of the kind for which `causal` is faster than SDPA."""
-    # older torch does not tell the processor's features; there SDPA is used, which differs in speed only
-    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(found.get("avx512_bf16")) and not found.get("amx_tile")
-
-
 def implementation(config: Any, device: torch.device, dtype: torch.dtype) -> str | None:
     """The attention of a run's forwards: the model's own, or "sliced" where `causal` takes the place of SDPA."""
     name: str | None = getattr(config, "_attn_implementation", None)
-    ours = name == "sdpa" and device.type == "cpu" and dtype == torch.bfloat16 and supported()
+    ours = name == "sdpa" and device.type == "cpu" and dtype == torch.bfloat16 and mode_is_exact()
     return "sliced" if ours else name
 
 
@@ -43,7 +34,9 @@ def sliced() -> Iterator[None]:
 
     The table of attention functions is process-wide in transformers, so it is changed for as short as possible.
     """
-    if "transformers.modeling_utils" not in sys.modules or not supported():  # without it, no model is of transformers
+    if (
+        "transformers.modeling_utils" not in sys.modules or not mode_is_exact()
+    ):  # without it, no model is of transformers
         yield
         return
     from transformers.integrations.sdpa_attention import sdpa_attention_forward

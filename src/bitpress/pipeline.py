@@ -21,7 +21,7 @@ from bitpress.caches import CacheSite, cache_argument
 from bitpress.errors import NumericsError
 from bitpress.folding import Folding
 from bitpress.math.grid import Solved
-from bitpress.math.stats import InputStats
+from bitpress.math.stats import InputStats, float32_products
 from bitpress.output import Output
 from bitpress.plan import Plan, experts_in
 from bitpress.progress import Progress
@@ -396,7 +396,8 @@ def _solve(
             if not torch.isfinite(weight).all():
                 raise NumericsError(f"{site.name}: NaN or infinity in the weight; the checkpoint is damaged")
         try:
-            solved = ranks.broadcast(chain.solve(part[0].steps, weights, stats, run.subject.dtype))
+            with float32_products():
+                solved = ranks.broadcast(chain.solve(part[0].steps, weights, stats, run.subject.dtype))
         except NumericsError as error:
             raise NumericsError(f"{part[0].name}: {error}") from None
         seconds = (time.perf_counter() - clock) / len(part)

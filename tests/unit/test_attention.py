@@ -71,7 +71,7 @@ def test_large_scores():
 def used(monkeypatch):
     """Counts the calls of `causal`, on any processor."""
     calls = []
-    monkeypatch.setattr(attention, "supported", lambda: True)
+    monkeypatch.setattr(attention, "mode_is_exact", lambda: True)
     monkeypatch.setattr(attention, "causal", lambda *args: calls.append(1) or causal(*args))
     return calls
 
@@ -148,28 +148,19 @@ def test_a_function_of_the_user_stays(used):
 
 
 def test_other_processors_keep_sdpa(monkeypatch):
-    monkeypatch.setattr(attention, "supported", lambda: False)
+    monkeypatch.setattr(attention, "mode_is_exact", lambda: False)
     with sliced():
         assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
-
-
-@pytest.mark.parametrize(
-    "features, expected",
-    [({"avx512_bf16": True, "amx_tile": False}, True), ({"avx512_bf16": True, "amx_tile": True}, False), ({}, False)],
-)
-def test_which_processors(features, expected, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
-    assert attention.supported.__wrapped__() is expected
 
 
 def test_what_the_journal_records(monkeypatch):
     class Config:
         _attn_implementation = "sdpa"
 
-    monkeypatch.setattr(attention, "supported", lambda: True)
+    monkeypatch.setattr(attention, "mode_is_exact", lambda: True)
     assert implementation(Config(), CPU, torch.bfloat16) == "sliced"
     assert implementation(Config(), CPU, torch.float32) == "sdpa"
     assert implementation(Config(), torch.device("cuda"), torch.bfloat16) == "sdpa"
-    monkeypatch.setattr(attention, "supported", lambda: False)
+    monkeypatch.setattr(attention, "mode_is_exact", lambda: False)
     assert implementation(Config(), CPU, torch.bfloat16) == "sdpa"
     assert implementation(object(), CPU, torch.bfloat16) is None

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -216,3 +217,32 @@ def bfloat16_products(enabled: bool) -> Iterator[None]:
         yield
     finally:
         backend.fp32_precision = before
+
+
+@contextmanager
+def float32_products() -> Iterator[None]:
+    """Within it, float32 matrix products on the CPU are oneDNN's where those are float32 products in its bfloat16 mode.
+
+    They are on processors with AVX-512 bfloat16 but without AMX, and there twice as fast as MKL's on AMD.
+    """
+    with bfloat16_products(mode_is_exact()):
+        yield
+
+
+@cache
+def mode_is_exact() -> bool:
+    """Whether products in the bfloat16 mode are float32's, on a processor with AVX-512 bfloat16 but without AMX.
+
+    It is tried out, as oneDNN does not promise it. Older torch does not tell the processor's features: then no.
+    """
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    if not found.get("avx512_bf16") or found.get("amx_tile"):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    with bfloat16_products(True):
+        for rows, inner, columns in ((64, 64, 64), (16, 128, 512), (512, 512, 512)):
+            a, b = (torch.randn(s, generator=generator) for s in ((rows, inner), (inner, columns)))
+            exact = a.double() @ b.double()
+            if float((a @ b - exact).abs().max() / exact.abs().max()) > 1e-5:
+                return False
+    return True
