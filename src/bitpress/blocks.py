@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitpress.attention import sliced
 from bitpress.errors import NumericsError, PlanError
 from bitpress.math.activations import OutputRange
 from bitpress.math.stats import InputStats, StatsAccumulator
@@ -91,6 +92,7 @@ class Blocks:
 
     def _drive(self, ids: Tensor, index: int, at_work: Callable[..., Any]) -> None:
         with (
+            sliced(),
             _forwards(self.modules[:index], self._through),
             _forwards(self.modules[index : index + 1], at_work),
         ):

@@ -262,6 +262,8 @@ def _numerics(ready: Prepared) -> dict[str, Any]:
     """What changes the bits of a result though it is the same run."""
     import torch
 
+    from bitpress.attention import implementation
+
     config = ready.subject.config
     cuda = ready.device.type == "cuda"
     name = torch.cuda.get_device_name(ready.device) if cuda else f"cpu {torch.backends.cpu.get_cpu_capability()}"
@@ -270,7 +272,7 @@ def _numerics(ready: Prepared) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": name,
         "dtype": str(ready.subject.dtype),
-        "attention": getattr(config, "_attn_implementation", None),
+        "attention": implementation(config, ready.device, ready.subject.dtype),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }
 

@@ -6,7 +6,6 @@ linears are solved, and one more forward with the weights as they are stored giv
 
 from __future__ import annotations
 
-import ctypes
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitpress import chain, ranks
+from bitpress import chain, memory, ranks
 from bitpress.blocks import Batch, collect, recorded_caches
 from bitpress.caches import CacheSite, cache_argument
 from bitpress.errors import NumericsError
 from bitpress.folding import Folding
 from bitpress.math.grid import Solved
-from bitpress.math.stats import InputStats
+from bitpress.math.stats import InputStats, float32_products
 from bitpress.output import Output
 from bitpress.plan import Plan, experts_in
 from bitpress.progress import Progress
@@ -68,6 +67,7 @@ class Run:
         return now
 
 
+@memory.kept()
 def execute(run: Run) -> None:
     """Compress every block, then the head, then write what is outside the blocks."""
     subject, plan = run.subject, run.plan
@@ -140,7 +140,7 @@ def _block(run: Run, index: int, states: HiddenStates, *, collects: bool, feeds:
     if run.full is not None:
         run.full.advance()
     subject.unload(prefix)
-    _trim()
+    memory.give_back()
 
 
 def _advance(run: Run, index: int, full: FullStream, states: HiddenStates) -> None:
@@ -148,13 +148,6 @@ def _advance(run: Run, index: int, full: FullStream, states: HiddenStates) -> No
     for i, batch in enumerate(_watched(run, states, index, "full precision", 0.0)):
         if full.has(i):
             full.keep(i, run.subject.blocks.run(index, (batch[0], full[i])))
-
-
-def _trim() -> None:
-    """Give freed memory back to the system: glibc keeps it, in pieces that the next block does not fit into."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
 
 
 def _outside(run: Run, states: HiddenStates) -> None:
@@ -403,7 +396,8 @@ def _solve(
             if not torch.isfinite(weight).all():
                 raise NumericsError(f"{site.name}: NaN or infinity in the weight; the checkpoint is damaged")
         try:
-            solved = ranks.broadcast(chain.solve(part[0].steps, weights, stats, run.subject.dtype))
+            with float32_products():
+                solved = ranks.broadcast(chain.solve(part[0].steps, weights, stats, run.subject.dtype))
         except NumericsError as error:
             raise NumericsError(f"{part[0].name}: {error}") from None
         seconds = (time.perf_counter() - clock) / len(part)

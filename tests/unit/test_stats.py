@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bitpress.math import stats as stats_module
-from bitpress.math.stats import BLOCK_ROW, GramAccumulator, InputStats, bfloat16_products
+from bitpress.math.stats import BLOCK_ROW, GramAccumulator, InputStats, bfloat16_products, float32_products
 
 BACKEND = torch.backends.mkldnn.matmul
 
@@ -90,3 +90,31 @@ def test_merge_adds():
     assert isinstance(merged, InputStats) and merged.tokens == expected.tokens == 34
     torch.testing.assert_close(merged.gram, expected.gram)
     assert torch.equal(parts[0].gram, first)
+
+
+def test_float32_products_are_accurate_and_the_setting_is_put_back(precision):
+    a, b = (torch.randn(s, generator=torch.Generator().manual_seed(i)) for i, s in enumerate(((70, 300), (300, 90))))
+    exact = a.double() @ b.double()
+    with float32_products():
+        product = a @ b
+    assert float((product - exact).abs().max() / exact.abs().max()) < 2e-6
+    assert BACKEND.fp32_precision == precision
+
+
+@pytest.mark.parametrize(
+    "features", [{"avx512_bf16": True, "amx_tile": True}, {"avx512_bf16": False, "amx_tile": False}, {}]
+)
+def test_other_processors_keep_the_setting(features, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
+    assert stats_module.mode_is_exact.__wrapped__() is False
+
+
+def test_a_mode_that_rounds_is_not_used(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    product = torch.Tensor.__matmul__
+
+    def rounded(a, b):
+        return product(a.bfloat16().float(), b.bfloat16().float()) if a.dtype == torch.float32 else product(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
+    assert stats_module.mode_is_exact.__wrapped__() is False
