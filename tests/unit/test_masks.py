@@ -56,7 +56,7 @@ def test_marked_weights_go_first():
 def test_structures_are_found():
     weight = normal(4, 32)
     assert find_structure(weight) is None and find_structure(torch.ones(2, 8)) is None
-    for structure in (Structure(3, 4), Structure(2, 4), Structure(4, 8), Structure(8, 16), Structure(16, 32)):
+    for structure in (Structure(2, 4), Structure(4, 8), Structure(8, 16)):
         assert find_structure(weight * keep_best(weight.abs(), 0, structure)) == structure
     two_of_four = weight * keep_best(weight.abs(), 0, Structure(2, 4))
     two_of_four[2, 5] = 0  # more zeros than needed
@@ -69,8 +69,8 @@ def test_structures_are_found():
 def test_what_counts_as_pruned():
     weight = normal(10, 100)
     assert pruned(weight) is None
-    weight.view(-1)[:49] = 0
+    weight.view(-1)[:9] = 0
     assert pruned(weight) is None  # incidental zeros
-    weight.view(-1)[:51] = 0
+    weight.view(-1)[:11] = 0
     assert torch.equal(pruned(weight), weight != 0)
     assert pruned(normal(4, 8) * keep_best(torch.rand(4, 8), 0, Structure(1, 8))) is not None
