@@ -5,7 +5,7 @@ import torch
 
 from bitpress.math.masks import Structure, find_structure, holds, keep_best, keep_largest, pruned
 
-SIZES = [Structure(2, 4), Structure(1, 4), Structure(4, 8), Structure(5, 10)]
+SIZES = [Structure(2, 4), Structure(1, 4), Structure(4, 8), Structure(5, 10), Structure(7, 20)]
 
 
 def normal(*shape, seed=0):
@@ -22,6 +22,8 @@ def test_groups_lose_their_lowest(structure):
             assert int((~kept).sum()) == structure.pruned
             assert float(part[kept].min()) >= float(part[~kept].max())
     assert holds(scores * keep, structure)
+    ties = keep_best(torch.ones(2, 40), 0.9, structure).reshape(2, -1, structure.size)
+    assert not ties[..., : structure.pruned].any() and bool(ties[..., structure.pruned :].all())
 
 
 @pytest.mark.parametrize("within", ["layer", "row"])

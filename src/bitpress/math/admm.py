@@ -10,7 +10,9 @@ Legend: R out features, C in features. H = Gram + damping.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +54,7 @@ def search(weight: Tensor, hessian: Tensor, choose: Choose, rounds: int) -> tupl
         penalty = FIRST_PENALTY ** (1 - level / max(levels - 1, 1))
         inverse = _ridge_inverse(unit, penalty)
         for _ in range(min(ROUNDS_EACH, rounds - level * ROUNDS_EACH)):
-            with bfloat16_products(True):  # a score needs no more; the weights are solved for afterwards
+            with _coarse_products(target.device):  # a score needs no more; the weights are solved for afterwards
                 free = (fixed - dual + penalty * pruned) @ inverse
             shifted = free + dual / penalty
             keep = choose(shifted.abs())
@@ -91,7 +93,8 @@ def refit(weight: Tensor, start: Tensor, hessian: Tensor, keep: Tensor, steps: i
     direction = residual * precondition
     power = (residual * direction).sum(1, keepdim=True)
     for _ in range(steps):
-        image = (direction @ hessian).mul_(mask)
+        with _coarse_products(x.device):
+            image = (direction @ hessian).mul_(mask)
         length = power / (direction * image).sum(1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
         x.addcmul_(length, direction)
         residual.addcmul_(length, image, value=-1)
@@ -99,3 +102,22 @@ def refit(weight: Tensor, start: Tensor, hessian: Tensor, keep: Tensor, steps: i
         before, power = power, (residual * scaled).sum(1, keepdim=True)
         direction.mul_(power / before.clamp(min=torch.finfo(x.dtype).tiny)).add_(scaled)
     return x
+
+
+@contextmanager
+def _coarse_products(device: torch.device) -> Iterator[None]:
+    """Within it, float32 matrix products use the fast units: bfloat16 on the CPU, TF32 on the GPU.
+
+    The switches are process-wide in torch, so they are set for as short as possible and put back.
+    """
+    if device.type != "cuda":
+        with bfloat16_products(True):
+            yield
+        return
+    backend: Any = torch.backends.cuda.matmul
+    before = backend.fp32_precision
+    backend.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        backend.fp32_precision = before
