@@ -48,6 +48,8 @@ def solve(
                 solved = modifier.prune_and_quantize(current, stats, step.sparsity, quantizer, group, grid)
             else:
                 current = modifier.prune(current, stats, step.sparsity)
+            if modifier.corrects and stats is not None and stats.drift is not None:
+                stats = replace(stats, drift=torch.zeros_like(stats.drift))
             continue
         quantizer, group = _quantizer(step)
         solved = quantizer.solve(current, stats, group, formats.grid_of(group.scheme, dtype))

@@ -72,6 +72,21 @@ def test_prune_and_round_beats_the_joint_sweep():
     assert all(torch.equal(a.codes, b.codes) for a, b in zip(found, again, strict=True))
 
 
+def test_drift_is_undone_once():
+    weight, stats = normal(12, 48), correlated(48)
+    drift = 0.1 * normal(48, 48, seed=9) @ stats.gram
+    drifted = InputStats(stats.gram, 400, drift=drift, paired=stats.gram)
+    rounding = {"config_groups": {"group_0": CHANNEL}, "ignore": ["lm_head"]}
+    pruner = SparseGPTModifier(mask_structure="2:4", correct=0.5)
+    (once,) = solve(steps(pruner, GPTQModifier(**rounding)), [weight], drifted, torch.bfloat16)
+    (twice,) = solve(steps(pruner, GPTQModifier(**rounding, correct=0.5)), [weight], drifted, torch.bfloat16)
+    assert torch.equal(once.codes, twice.codes)
+    (never,) = solve(
+        steps(SparseGPTModifier(mask_structure="2:4"), GPTQModifier(**rounding)), [weight], drifted, torch.bfloat16
+    )
+    assert not torch.equal(once.codes, never.codes)
+
+
 def test_rounding_to_nearest_keeps_zeros_too():
     weight = normal(8, 32)
     for symmetric in (True, False):

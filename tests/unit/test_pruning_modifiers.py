@@ -30,7 +30,8 @@ def test_the_usual_recipe(cls):
     modifier = cls(sparsity=0.5, mask_structure="2:4", targets=["Linear"], ignore=["re:.*lm_head"])
     assert modifier.structure == Structure(2, 4) and modifier.group_columns() == 4
     assert claims(modifier) == [(("Linear",), 0.5)]
-    assert modifier.notes() == [] and bool(modifier.needs) == (cls is not MagnitudePruningModifier)
+    assert modifier.notes() == []
+    assert modifier.needs == (frozenset() if cls is MagnitudePruningModifier else {"gram"})
     assert claims(cls(mask_structure="2:4")) == claims(cls(sparsity=0.5)) == [(("Linear",), 0.5)]
     assert cls(sparsity=0.5).structure is None and cls(sparsity=0.5).group_columns() == 1
     again = Recipe.load(Recipe.load(modifier).to_yaml()).stages[0].modifiers[0]
@@ -85,10 +86,11 @@ def test_faults(cls, keys, fault):
 
 
 def test_faults_of_single_modifiers():
-    assert problems(SparseGPTModifier, sparsity=0.5, block_size=0, dampening_frac=-1.0, mask_rounds=-1) == [
+    assert problems(SparseGPTModifier, sparsity=0.5, block_size=0, dampening_frac=-1.0, mask_rounds=-1, correct=2) == [
         "SparseGPTModifier.block_size: must be at least 1 column, got 0",
         "SparseGPTModifier.dampening_frac: must be 0 or a positive fraction, got -1.0",
         "SparseGPTModifier.mask_rounds: must be 0 or more, got -1",
+        "SparseGPTModifier.correct: must be a share from 0 to 1, got 2.0",
     ]
     for cls in (SparseGPTModifier, WandaPruningModifier):
         (fault,) = problems(cls, sparsity=0.5, sparsity_profile="awl")
@@ -141,6 +143,10 @@ def test_prune(cls):
     for found in cls(sparsity=0.25).prune(weights, stats, 0.25):
         assert float((found == 0).float().mean()) == 0.25
     assert all(torch.equal(a, b) for a, b in zip(cls(sparsity=0).prune(weights, stats, 0.0), weights, strict=True))
+
+
+def test_what_correction_needs():
+    assert SparseGPTModifier(sparsity=0.5, correct=0.5).needs == {"gram", "drift"}
 
 
 def test_settings_reach_the_solver():

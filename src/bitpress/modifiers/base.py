@@ -187,6 +187,11 @@ class PruningModifier(LinearModifier):
     """A modifier that sets weights to zero."""
 
     @property
+    def corrects(self) -> bool:
+        """Whether what it keeps undoes the drift of the inputs, so that a quantizer after it has none to undo."""
+        return False
+
+    @property
     def structure(self) -> Structure | None:
         """The N:M structure of its masks, None if there is none."""
         raise NotImplementedError

@@ -195,6 +195,8 @@ class SparseGPTModifier(ProfileModifier):
         mask_rounds: rounds in which the mask is searched for by alternating directions (Boza 2024,
             arXiv 2401.02938; Meng et al. 2024, arXiv 2406.07831); 0 takes the mask and the weights of the
             sweep. Default: 30.
+        correct: share, 0 to 1, of the drift of the layer's input from the uncompressed model's that its weights
+            are to undo; takes a second stream of hidden states. Default: 0.
         sparsity_profile: "owl" is not implemented yet. Default: none.
         owl_m: weights above so many times the mean score count as outliers. Default: 5.
         owl_lmbda: how far a block's sparsity may be from the mean. Default: 0.08.
@@ -209,6 +211,15 @@ class SparseGPTModifier(ProfileModifier):
     dampening_frac: Float = 0.01
     preserve_sparsity_mask: bool = False
     mask_rounds: int = 30
+    correct: Float = 0.0
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"gram", "drift"} if self.correct else {"gram"})
+
+    @property
+    def corrects(self) -> bool:
+        return self.correct > 0
 
     def prune(self, weights: Sequence[Tensor], stats: InputStats | None, sparsity: float | None) -> list[Tensor]:
         from bitpress.math.sparsegpt import sparsegpt
@@ -225,6 +236,7 @@ class SparseGPTModifier(ProfileModifier):
             dampening_frac=self.dampening_frac,
             preserve=self.preserve_sparsity_mask,
             rounds=self.mask_rounds,
+            correct=self.correct,
         )
 
     def faults(self) -> list[str]:
@@ -235,6 +247,8 @@ class SparseGPTModifier(ProfileModifier):
             found.append(f"dampening_frac: must be 0 or a positive fraction, got {self.dampening_frac}")
         if self.mask_rounds < 0:
             found.append(f"mask_rounds: must be 0 or more, got {self.mask_rounds}")
+        if not 0 <= self.correct <= 1:
+            found.append(f"correct: must be a share from 0 to 1, got {self.correct}")
         return found
 
 
