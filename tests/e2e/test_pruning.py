@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from bitpress import PlanError, oneshot
 from bitpress.math.masks import Structure, find_structure, holds
 from conftest import build, save, token_rows
-from helpers import client, tensors
+from helpers import assert_same_tensors, client, tensors
 
 DATA = {"dataset": token_rows(), "max_seq_length": 32, "num_calibration_samples": 12}
 TWO_FOUR = Structure(2, 4)
@@ -108,6 +108,16 @@ def test_one_stage(base, tmp_path, quantizer, symmetric):
     method = "sparsegpt+gptq" if quantizer == "GPTQModifier" else "sparsegpt+rtn"
     assert {(r["method"], r["mask"]) for r in rows.values()} == {(method, "2:4")}
     assert_two_of_four(linears(client(tmp_path / "out")), exactly=False)
+
+
+def test_all_stages_in_one_call_and_what_comes_back(base, tmp_path):
+    oneshot(base, recipe=SPARSITY + QUANTIZATION, output_dir=tmp_path / "both", **DATA)
+    assert {(r["method"], r["mask"]) for r in rows_of(tmp_path / "both").values()} == {("sparsegpt+gptq", "2:4")}
+    assert_two_of_four(linears(client(tmp_path / "both")), exactly=False)
+    pruned = oneshot(base, recipe=SPARSITY, output_dir=tmp_path / "pruned", **DATA)
+    for compressed in (True, False):
+        pruned.save_pretrained(tmp_path / f"copy_{compressed}", save_compressed=compressed)
+        assert_same_tensors(tensors(tmp_path / f"copy_{compressed}"), tensors(tmp_path / "pruned"))
 
 
 def test_a_module_in_memory(tmp_path):
