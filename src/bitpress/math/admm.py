@@ -45,21 +45,22 @@ def search(weight: Tensor, hessian: Tensor, choose: Choose, rounds: int) -> tupl
     """
     root = hessian.diagonal().sqrt()
     unit = hessian / root / root[:, None]
-    target = weight * root
-    fixed = target @ unit
-    pruned, dual = target.clone(), torch.zeros_like(target)
-    keep = torch.ones_like(target, dtype=torch.bool)
+    pruned = weight * root
+    fixed, dual = pruned @ unit, torch.zeros_like(pruned)
+    free, mixed = torch.empty_like(pruned), torch.empty_like(pruned)  # reused: fresh memory costs more than the sums
+    keep = torch.ones_like(pruned, dtype=torch.bool)
     levels = -(-rounds // ROUNDS_EACH)
     for level in range(levels):
         penalty = FIRST_PENALTY ** (1 - level / max(levels - 1, 1))
         inverse = _ridge_inverse(unit, penalty)
         for _ in range(min(ROUNDS_EACH, rounds - level * ROUNDS_EACH)):
-            with _coarse_products(target.device):  # a score needs no more; the weights are solved for afterwards
-                free = (fixed - dual + penalty * pruned) @ inverse
-            shifted = free + dual / penalty
-            keep = choose(shifted.abs())
-            pruned = shifted.masked_fill_(~keep, 0)
-            dual += penalty * (free - pruned)
+            torch.sub(fixed, dual, out=mixed).add_(pruned, alpha=penalty)
+            with _coarse_products(free.device):  # a score needs no more; the weights are solved for afterwards
+                torch.mm(mixed, inverse, out=free)
+            torch.add(free, dual, alpha=1 / penalty, out=pruned)
+            keep = choose(torch.abs(pruned, out=mixed))
+            pruned.masked_fill_(~keep, 0)
+            dual.add_(torch.sub(free, pruned, out=free), alpha=penalty)
     return pruned / root, keep
 
 
