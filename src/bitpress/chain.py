@@ -12,6 +12,7 @@ from bitpress import formats
 from bitpress.errors import NumericsError
 from bitpress.math.activations import static_scale
 from bitpress.math.grid import Solved, global_scale, relative_error, settle
+from bitpress.math.masks import holds, pruned
 from bitpress.math.stats import InputStats
 from bitpress.modifiers.base import PruningModifier
 from bitpress.modifiers.quantization import SchemeGroup, SchemeModifier
@@ -32,6 +33,9 @@ def solve(
 
     Returns:
         One `Solved` a weight, its error relative to the weight that was given.
+
+    Raises:
+        NumericsError: what the steps ask cannot be computed, or a pruned weight came back.
     """
     current, solved, waiting = list(weights), None, list(steps)
     while waiting:
@@ -44,6 +48,8 @@ def solve(
                 solved = modifier.prune_and_quantize(current, stats, step.sparsity, quantizer, group, grid)
             else:
                 current = modifier.prune(current, stats, step.sparsity)
+            if modifier.corrects and stats is not None and stats.drift is not None:
+                stats = replace(stats, drift=torch.zeros_like(stats.drift))
             continue
         quantizer, group = _quantizer(step)
         solved = quantizer.solve(current, stats, group, formats.grid_of(group.scheme, dtype))
@@ -56,6 +62,8 @@ def solve(
         beside = input_scales(group_of_all.scheme, stats, dtype)
         # each linear stores its own copy
         solved = [replace(settle(z, grid), beside={n: t.clone() for n, t in beside.items()}) for z in solved]
+    for before, after in zip(current, solved, strict=True):
+        check_zeros(before, after.dense(), steps)
     gram = None if stats is None else stats.gram
     if len(steps) == 1 and group_of_all is not None and (gram is None or "gram" in steps[0].modifier.needs):
         return solved
@@ -80,6 +88,21 @@ def input_scales(scheme: Scheme, stats: InputStats | None, dtype: torch.dtype) -
     values = "int" if inputs.type == "int" else formats.FLOATS[inputs.num_bits]
     scale, zero = static_scale(low, high, values, inputs.num_bits, inputs.symmetric, dtype)
     return {"input_scale": scale} if zero is None else {"input_scale": scale, "input_zero_point": zero}
+
+
+def check_zeros(before: Tensor, after: Tensor, steps: Sequence[Step]) -> None:
+    """Whether what was pruned, here or in an earlier stage, is still zero, and has its structure.
+
+    Raises:
+        NumericsError: it has not; the solver is at fault.
+    """
+    keep = pruned(before)
+    if keep is not None and bool((after[~keep] != 0).any()):
+        raise NumericsError("a pruned weight is no longer zero")
+    for step in steps:
+        structure = step.modifier.structure if isinstance(step.modifier, PruningModifier) and step.sparsity else None
+        if structure is not None and not holds(after, structure):
+            raise NumericsError(f"the weight is not {structure} after pruning")
 
 
 def _quantizer(step: Step) -> tuple[SchemeModifier, SchemeGroup]:

@@ -20,8 +20,10 @@ from bitpress.blocks import Batch, collect, recorded_caches
 from bitpress.caches import CacheSite, cache_argument
 from bitpress.errors import NumericsError
 from bitpress.folding import Folding
+from bitpress.math import masks
 from bitpress.math.grid import Solved
 from bitpress.math.stats import InputStats, float32_products
+from bitpress.modifiers.base import PruningModifier
 from bitpress.output import Output
 from bitpress.plan import Plan, experts_in
 from bitpress.progress import Progress
@@ -401,7 +403,8 @@ def _solve(
         except NumericsError as error:
             raise NumericsError(f"{part[0].name}: {error}") from None
         seconds = (time.perf_counter() - clock) / len(part)
-        for site, z in zip(part, solved, strict=True):
+        for site, weight, z in zip(part, weights, solved, strict=True):
+            dense = z.dense()
             report = LayerReport(
                 name=site.name,
                 method=site.method,
@@ -409,13 +412,22 @@ def _solve(
                 rel_error=float(z.error),
                 error_of="weight" if stats is None or stats.gram is None else "output",
                 bits_per_weight=bits_per_weight(site),
-                sparsity=float((z.dense() == 0).float().mean()),
+                sparsity=float((dense == 0).float().mean()),
+                mask=_mask_name(site, weight, dense),
                 tokens=0 if stats is None else stats.tokens,
                 policy=policy,
                 seconds=seconds,
             )
             results[site.name] = (report, site, z)
     return results
+
+
+def _mask_name(site: Site, before: Tensor, after: Tensor) -> str:
+    """For the report; a structure that the recipe asks for has been checked."""
+    asked = [s.modifier for s in site.steps if isinstance(s.modifier, PruningModifier) and s.sparsity]
+    if asked and asked[-1].structure is not None:
+        return str(asked[-1].structure)
+    return masks.name_of(after) if asked or masks.pruned(before) is not None else ""
 
 
 def _watched(run: Run, states: HiddenStates, at: int, doing: str, start: float) -> Iterator[Batch]:

@@ -141,7 +141,8 @@ def open_subject(args: Arguments) -> Subject:
         held = getattr(getattr(args.model, "config", None), "quantization_config", None)
         if held is not None:
             raise PlanError("the model " + remedy.format(type(held).__name__))
-        if hasattr(args.model, "bitpress_report"):
+        report = getattr(args.model, "bitpress_report", None)
+        if report is not None and (report.get("run") == "failed" or getattr(args.model, "bitpress_quantized", True)):
             raise PlanError("the model " + remedy.format("by bitpress"))
         return ModuleSubject(args.model)
     folder = locate(args.model)

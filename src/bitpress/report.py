@@ -20,6 +20,8 @@ class LayerReport:
             weight |dW|^2 / |W|^2 if it is "weight" (no data was needed).
         bits_per_weight: scales and zero points counted.
         sparsity: share of zeros in the stored weight.
+        mask: "2:4" and the like if every group of columns has its zeros, as counted in the stored weight;
+            "unstructured" if it is pruned otherwise, "" if it is dense.
         tokens: calibration tokens that this linear's input had; 0 without data.
         policy: "" or why the statistics are not those of its own input.
         seconds: solving time of the linears that share its input, divided among them.
@@ -32,6 +34,7 @@ class LayerReport:
     error_of: str
     bits_per_weight: float
     sparsity: float
+    mask: str
     tokens: int
     policy: str
     seconds: float

@@ -214,6 +214,7 @@ def attach(
 
     model.save_pretrained = MethodType(save_pretrained, model)  # type: ignore[assignment]
     model.bitpress_report = report  # type: ignore[assignment]
+    model.bitpress_quantized = bool(solved)  # type: ignore[assignment]  # a pruned model can be compressed further
     return model
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from bitpress import formats
-from bitpress.modifiers.base import Claim, LinearModifier, names
+from bitpress.errors import PlanError
+from bitpress.modifiers.base import Claim, LinearModifier, PruningModifier, names
 from bitpress.modifiers.quantization import SchemeGroup, SchemeModifier
 from bitpress.modifiers.smoothing import ScaleModifier
 from bitpress.schemes import QuantArgs, Scheme
@@ -197,15 +198,20 @@ def find_sites(modifiers: Sequence[Any], subject: Subject) -> tuple[list[Site], 
                 rest = name.removeprefix(inside)
                 block = int(rest.split(".")[0]) if name.startswith(inside) else None
                 ranks[name] = rank
+                try:
+                    step = Step(modifier, group, _sparsity(modifier, group, block, len(subject.blocks)))
+                except PlanError as error:
+                    faults += [f for p in error.problems if (f := f"{kind}.{p}") not in faults]
+                    step = Step(modifier, group)
                 mine[name] = Site(
                     disk_module(subject, name), name, block, module.out_features, module.in_features,
-                    (Step(modifier, group),), _expert_of(subject, name), subject.dtype,
+                    (step,), _expert_of(subject, name), subject.dtype,
                 )  # fmt: skip
         used = {site.steps[0].claim.name for site in mine.values()}
         mine = {name: site for name, site in mine.items() if not modifier.leaves(site.steps[0].claim)}
         if mine:
             faults += [
-                f"{kind}.config_groups.{g.name}: other groups name all of its linears more exactly; drop it"
+                f"{kind}.{modifier.claims_key}.{g.name}: others name all of its linears more exactly; drop it"
                 for g in groups
                 if g.name not in used
             ]
@@ -222,6 +228,10 @@ def find_sites(modifiers: Sequence[Any], subject: Subject) -> tuple[list[Site], 
         notes.append(f"{left[0]}{more}: {why}, left as it is")
     order = {name: i for i, (name, _) in enumerate(linears)}
     return sorted(claimed.values(), key=lambda s: order[s.module]), faults, notes
+
+
+def _sparsity(modifier: LinearModifier, claim: Claim, block: int | None, blocks: int) -> float | None:
+    return modifier.sparsity_at(claim, block, blocks) if isinstance(modifier, PruningModifier) else None
 
 
 def _left_out(name: str, module: nn.Linear, inside: str, head: str | None) -> str | None:
@@ -265,8 +275,17 @@ def misfits(sites: Sequence[Site], subject: Subject) -> list[str]:
             # a size that the next linear refuses is no help
             alike = math.gcd(*(s.columns for s in sites if s.group is site.group))
             found += [f"{site.name}: {fault}" for fault in _shape_faults(site, site.scheme, alike)]
+        for modifier in (s.modifier for s in site.steps):
+            unit = modifier.group_columns() if isinstance(modifier, PruningModifier) else 1
+            if site.columns % unit:
+                found.append(
+                    f"{site.name}: {site.columns} input columns are not divisible into groups of {unit} for "
+                    f"{type(modifier).__name__}; add it to ignore"
+                )
         if site.module == head and subject.tied:
-            found.append(f"{site.name}: tied to the input embedding, so it cannot be quantized alone; add it to ignore")
+            found.append(
+                f"{site.name}: tied to the input embedding, so it cannot be compressed alone; add it to ignore"
+            )
         elif site.key not in subject.layout.disk_of:
             found.append(f"{site.name}: has no weight of its own in the checkpoint; add it to ignore")
     return brief(found)

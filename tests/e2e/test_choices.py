@@ -48,7 +48,7 @@ def test_a_name_goes_before_an_expression_and_that_before_a_class(base, tmp_path
 
 def test_a_group_that_is_left_without_linears_is_a_fault(base, tmp_path):
     groups = {"a": group(4, "Linear"), "b": group(8, "re:.*"), "c": group(8, "Linear")}
-    with pytest.raises(PlanError, match=r"config_groups\.a: other groups name all of its linears"):
+    with pytest.raises(PlanError, match=r"config_groups\.a: others name all of its linears"):
         run(base, tmp_path / "out", {"QuantizationModifier": {"config_groups": groups, "ignore": ["lm_head"]}})
 
 

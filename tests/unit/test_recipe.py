@@ -233,7 +233,6 @@ def test_all_faults_come_together_with_their_places():
     text = STAGED + CHANNEL_STAGE.replace("num_bits: 4", "num_bits: 11").replace("sequential", "sequental")
     text += "\nother_stage:\n  x_modifiers: [{GPTQModifier: {scheme: W4A16, block_size: abc}}]\nzzz: 1\n"
     assert [fault.partition(": ")[0] for fault in problems(text)] == [
-        "sparsity_stage.sparsity_modifiers.SparseGPTModifier",
         "finetuning_stage.finetuning_modifiers.ConstantPruningModifier",
         "quantization_stage.quantization_modifiers.GPTQModifier.sequental_update",
         "quantization_stage.quantization_modifiers.GPTQModifier.config_groups.group_0.weights.num_bits",

@@ -193,3 +193,17 @@ def test_a_dense_mask_gives_the_weight_back():
     found, keep = search(weight, hessian, lambda scores: everything, 3)
     assert bool(keep.all())
     torch.testing.assert_close(refit(weight, found, hessian, keep, 40), weight, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("rounds", [0, 30])
+def test_drift_is_undone(rounds):
+    x = normal(400, 6, seed=1) @ normal(6, 48, seed=2) + 0.5 * normal(400, 48, seed=3)
+    y = x @ (torch.eye(48) + 0.05 * normal(48, 48, seed=4))  # what the layers before made of it
+    weight, gram = normal(12, 48), y.T @ y
+    stats = InputStats(gram, 400, drift=(x - y).T @ y, paired=gram)
+    errors = []
+    for share in (0.0, 0.5, 1.0):
+        (found,) = sparsegpt([weight], stats, 0.5, TWO_FOUR, rounds=rounds, correct=share)
+        assert holds(found, TWO_FOUR)
+        errors.append(float((x @ weight.T - y @ found.T).norm()))
+    assert errors[2] < errors[1] < errors[0]

@@ -10,7 +10,9 @@ Legend: R out features, C in features. H = Gram + damping.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,21 +45,22 @@ def search(weight: Tensor, hessian: Tensor, choose: Choose, rounds: int) -> tupl
     """
     root = hessian.diagonal().sqrt()
     unit = hessian / root / root[:, None]
-    target = weight * root
-    fixed = target @ unit
-    pruned, dual = target.clone(), torch.zeros_like(target)
-    keep = torch.ones_like(target, dtype=torch.bool)
+    pruned = weight * root
+    fixed, dual = pruned @ unit, torch.zeros_like(pruned)
+    free, mixed = torch.empty_like(pruned), torch.empty_like(pruned)  # reused: fresh memory costs more than the sums
+    keep = torch.ones_like(pruned, dtype=torch.bool)
     levels = -(-rounds // ROUNDS_EACH)
     for level in range(levels):
         penalty = FIRST_PENALTY ** (1 - level / max(levels - 1, 1))
         inverse = _ridge_inverse(unit, penalty)
         for _ in range(min(ROUNDS_EACH, rounds - level * ROUNDS_EACH)):
-            with bfloat16_products(True):  # a score needs no more; the weights are solved for afterwards
-                free = (fixed - dual + penalty * pruned) @ inverse
-            shifted = free + dual / penalty
-            keep = choose(shifted.abs())
-            pruned = shifted.masked_fill_(~keep, 0)
-            dual += penalty * (free - pruned)
+            torch.sub(fixed, dual, out=mixed).add_(pruned, alpha=penalty)
+            with _coarse_products(free.device):  # a score needs no more; the weights are solved for afterwards
+                torch.mm(mixed, inverse, out=free)
+            torch.add(free, dual, alpha=1 / penalty, out=pruned)
+            keep = choose(torch.abs(pruned, out=mixed))
+            pruned.masked_fill_(~keep, 0)
+            dual.add_(torch.sub(free, pruned, out=free), alpha=penalty)
     return pruned / root, keep
 
 
@@ -91,7 +94,8 @@ def refit(weight: Tensor, start: Tensor, hessian: Tensor, keep: Tensor, steps: i
     direction = residual * precondition
     power = (residual * direction).sum(1, keepdim=True)
     for _ in range(steps):
-        image = (direction @ hessian).mul_(mask)
+        with _coarse_products(x.device):
+            image = (direction @ hessian).mul_(mask)
         length = power / (direction * image).sum(1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
         x.addcmul_(length, direction)
         residual.addcmul_(length, image, value=-1)
@@ -99,3 +103,22 @@ def refit(weight: Tensor, start: Tensor, hessian: Tensor, keep: Tensor, steps: i
         before, power = power, (residual * scaled).sum(1, keepdim=True)
         direction.mul_(power / before.clamp(min=torch.finfo(x.dtype).tiny)).add_(scaled)
     return x
+
+
+@contextmanager
+def _coarse_products(device: torch.device) -> Iterator[None]:
+    """Within it, float32 matrix products use the fast units: bfloat16 on the CPU, TF32 on the GPU.
+
+    The switches are process-wide in torch, so they are set for as short as possible and put back.
+    """
+    if device.type != "cuda":
+        with bfloat16_products(True):
+            yield
+        return
+    backend: Any = torch.backends.cuda.matmul
+    before = backend.fp32_precision
+    backend.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        backend.fp32_precision = before

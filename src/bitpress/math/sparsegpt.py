@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bitpress.errors import NumericsError
 from bitpress.math.admm import refit, search
+from bitpress.math.correct import correction
 from bitpress.math.masks import Structure, keep_best, keep_in_groups, keep_largest
 from bitpress.math.stats import InputStats
 from bitpress.math.sweep import by_columns, inverse_factor, pivots_of, walk
@@ -38,6 +39,7 @@ def sparsegpt(
     dampening_frac: float = 0.01,
     preserve: bool = False,
     rounds: int = 30,
+    correct: float = 0.0,
 ) -> list[Tensor]:
     """Prune the weights of linears that read the same input, and correct what is kept.
 
@@ -50,6 +52,7 @@ def sparsegpt(
         dampening_frac: share of the mean Gram diagonal that is added to the diagonal.
         preserve: weights that are zero stay zero and count.
         rounds: of the search for the mask; 0: the mask is the sweep's, and the weights are as it leaves them.
+        correct: share of the drift of the inputs that the weights are to undo; needs `stats.drift`.
 
     Raises:
         NumericsError: NaN or infinity in the statistics, or a Gram matrix that is not positive definite.
@@ -58,6 +61,9 @@ def sparsegpt(
     heights = [len(w) for w in weights]
     stacked = torch.cat(list(weights))
     gone = stacked == 0 if preserve else None
+    if correct:
+        assert stats.drift is not None and stats.paired is not None
+        stacked = stacked + stacked @ correction(stats.drift, stats.paired, correct)
 
     def choose(scores: Tensor) -> Tensor:
         if gone is not None:

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from bitpress.modifiers.awq import AWQModifier
 from bitpress.modifiers.base import Modifier
+from bitpress.modifiers.pruning import MagnitudePruningModifier, SparseGPTModifier, WandaPruningModifier
 from bitpress.modifiers.quantization import GPTQModifier, QuantizationModifier, SchemeGroup
 from bitpress.modifiers.smoothquant import SmoothQuantModifier
 
 MODIFIERS: dict[str, type[Modifier]] = {
     "AWQModifier": AWQModifier,
     "GPTQModifier": GPTQModifier,
+    "MagnitudePruningModifier": MagnitudePruningModifier,
     "QuantizationModifier": QuantizationModifier,
     "SmoothQuantModifier": SmoothQuantModifier,
+    "SparseGPTModifier": SparseGPTModifier,
+    "WandaPruningModifier": WandaPruningModifier,
 }
 
 # Names that recipes use and this table does not have yet: an answer, never "unknown".
 MODIFIERS_LATER = (
     "ConstantPruningModifier",
-    "MagnitudePruningModifier",
-    "SparseGPTModifier",
     "TuneModifier",
-    "WandaPruningModifier",
 )
 
 __all__ = [
@@ -28,8 +29,11 @@ __all__ = [
     "MODIFIERS_LATER",
     "AWQModifier",
     "GPTQModifier",
+    "MagnitudePruningModifier",
     "Modifier",
     "QuantizationModifier",
     "SchemeGroup",
     "SmoothQuantModifier",
+    "SparseGPTModifier",
+    "WandaPruningModifier",
 ]

@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # recipes are read without torch
     from torch import Tensor
 
     from bitpress.math.grid import Grid, Solved
+    from bitpress.math.masks import Structure
     from bitpress.math.stats import InputStats
     from bitpress.modifiers.quantization import SchemeGroup, SchemeModifier
 
@@ -147,6 +148,7 @@ class LinearModifier(Modifier):
     """A modifier that compresses linears, each on its own: it prunes or quantizes."""
 
     method: ClassVar[str] = ""
+    claims_key: ClassVar[str] = "config_groups"  # where the recipe has its groups
 
     targets: Names = "Linear"
     ignore: Names = dataclasses.field(default_factory=list)
@@ -183,6 +185,28 @@ class SmoothingModifier(Modifier):
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class PruningModifier(LinearModifier):
     """A modifier that sets weights to zero."""
+
+    @property
+    def corrects(self) -> bool:
+        """Whether what it keeps undoes the drift of the inputs, so that a quantizer after it has none to undo."""
+        return False
+
+    @property
+    def structure(self) -> Structure | None:
+        """The N:M structure of its masks, None if there is none."""
+        raise NotImplementedError
+
+    def group_columns(self) -> int:
+        """Adjacent columns that are pruned together; 1: any number will do."""
+        raise NotImplementedError
+
+    def sparsity_at(self, claim: Claim, block: int | None, blocks: int) -> float:
+        """The share of zeros of a linear that `claim` means, in decoder block `block` of `blocks` (None: outside).
+
+        Raises:
+            PlanError: the claim has none for it.
+        """
+        raise NotImplementedError
 
     def joins(self, following: Modifier) -> bool:
         """Whether it prunes and quantizes in one go if this modifier follows it on the same linears."""
@@ -224,6 +248,8 @@ def _readable(annotation: str) -> str:
     names |= {"Names": "a name or a list of names", "Groups": "groups by name", "None": "null"}
     names |= {"Mappings": "a list of mappings"}
     names |= {"OrderName": "'none', 'weight' or 'static'"}
+    names |= {"Sparsity": "a share of zeros, a list of them, or a mapping of patterns to either"}
+    names |= {"MaskStructure": "'N:M' or 'unstructured'", "dict[str, Any]": "a mapping"}
     if annotation.startswith("Literal["):
         inside, _, rest = annotation.removeprefix("Literal[").partition("]")
         return inside.replace('"', "'") + rest.replace(" | None", " or null")
