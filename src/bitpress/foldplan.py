@@ -68,7 +68,7 @@ def find_smoothing(
         made.faults += [f"{type(m).__name__}: {probed}" for m in scaling]
         return made
     in_blocks = [_BlockFolds(subject, i, probed[signature(b)]) for i, b in enumerate(subject.blocks.modules)]
-    quantized = {s.module for s in sites}
+    quantized = {s.module for s in sites if s.group is not None}
     for modifier in scaling:
         chosen = _Choice(modifier, subject, quantized)
         for i, block in enumerate(in_blocks):
@@ -204,7 +204,7 @@ class _Choice:
                 continue
             scored = tuple(c for c in balance if block.prefix + c in self.quantized)
             if not scored:
-                self.unused[pattern(fold.producer)] = "nothing that reads it is compressed"
+                self.unused[pattern(fold.producer)] = "nothing that reads it is quantized"
                 continue
             within = pattern(fold.producer) != fold.producer  # one expert's own rows, read by that expert alone
             witness = fold.consumers[0] if within else _sees_all(fold)

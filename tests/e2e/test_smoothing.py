@@ -229,7 +229,7 @@ REFUSED = {
     "wrong order": ("llama", [W8, AWQModifier()], ["AWQModifier: must come before QuantizationModifier"]),
     "nothing to smooth": (
         "gpt_neox", [SmoothQuantModifier(), QuantizationModifier(scheme="W8A8", targets="re:.*dense_4h_to_h")],
-        ["SmoothQuantModifier: nothing in this model can be smoothed", "nothing that reads it is compressed"],
+        ["SmoothQuantModifier: nothing in this model can be smoothed", "nothing that reads it is quantized"],
     ),
     "post-norm": (
         "opt", [AWQModifier(mappings=[[["fc1"], "self_attn_layer_norm"]]), W8],
