@@ -128,8 +128,8 @@ def _probe(subject: Subject, trust_remote_code: bool) -> dict[Any, Found] | str:
             new = find_folds(model, blocks, i, experts)
             found[kind] = _both(found[kind], new) if kind in found else new
     except Exception as error:  # whatever the architecture does not like about a tiny configuration
-        text = str(error).strip()
-        return f"folds are found on a tiny copy of the model, which fails: {text.splitlines()[0] if text else error!r}"
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return f"folds are found on a tiny copy of the model, which fails: {why}"
     if missing := [i for kind, i in first.items() if kind not in found]:
         return f"block {missing[0]} is built like none of a tiny copy, so its folds cannot be checked"
     return found

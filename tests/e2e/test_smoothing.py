@@ -275,7 +275,7 @@ def test_faults_of_smoothquant(keys, fault):
     ("keys", "fault"),
     [
         ({"n_grid": 0}, "n_grid: must be at least 1, got 0"),
-        ({"duo_scaling": "some"}, "duo_scaling: expected true or false or 'both', got 'some'"),
+        ({"duo_scaling": "some"}, "duo_scaling: expected true or false or 'both' or null, got 'some'"),
         ({"group_size": 64}, "group_size: goes with scheme or config_groups"),
         ({"scheme": "W4A61"}, "scheme: 'W4A61' is unknown. Did you mean 'W4A16'?"),
         ({"n_gird": 3}, "n_gird: unknown key. Did you mean 'n_grid'?"),
