@@ -58,7 +58,8 @@ def budget(
     available = _available(device)
     limit = max_memory or int(0.8 * available)
     base = PROCESS_BYTES if on_cpu else 0
-    fixed = base + outside + 2 * block + solver + least_gram
+    copies = 3 if any(s.smoothing for s in sites) else 2  # folds are tried on the block, and taken back
+    fixed = base + outside + copies * block + solver + least_gram
     if fixed + sequence > limit:
         raise PlanError(
             f"one block needs {gib(fixed + sequence)} but the limit is {gib(limit)}: raise --max-memory"

@@ -68,7 +68,7 @@ def find_smoothing(
         made.faults += [f"{type(m).__name__}: {probed}" for m in scaling]
         return made
     in_blocks = [_BlockFolds(subject, i, probed[signature(b)]) for i, b in enumerate(subject.blocks.modules)]
-    quantized = {s.module for s in sites}
+    quantized = {s.module for s in sites if s.group is not None}
     for modifier in scaling:
         chosen = _Choice(modifier, subject, quantized)
         for i, block in enumerate(in_blocks):
@@ -128,8 +128,8 @@ def _probe(subject: Subject, trust_remote_code: bool) -> dict[Any, Found] | str:
             new = find_folds(model, blocks, i, experts)
             found[kind] = _both(found[kind], new) if kind in found else new
     except Exception as error:  # whatever the architecture does not like about a tiny configuration
-        text = str(error).strip()
-        return f"folds are found on a tiny copy of the model, which fails: {text.splitlines()[0] if text else error!r}"
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return f"folds are found on a tiny copy of the model, which fails: {why}"
     if missing := [i for kind, i in first.items() if kind not in found]:
         return f"block {missing[0]} is built like none of a tiny copy, so its folds cannot be checked"
     return found
@@ -204,7 +204,7 @@ class _Choice:
                 continue
             scored = tuple(c for c in balance if block.prefix + c in self.quantized)
             if not scored:
-                self.unused[pattern(fold.producer)] = "nothing that reads it is compressed"
+                self.unused[pattern(fold.producer)] = "nothing that reads it is quantized"
                 continue
             within = pattern(fold.producer) != fold.producer  # one expert's own rows, read by that expert alone
             witness = fold.consumers[0] if within else _sees_all(fold)

@@ -63,19 +63,19 @@ def test_candidates_by_hand():
     def unit(s):
         return s / s.log().mean().exp()
 
-    duo = candidates(x, w, duo=True, n_grid=4)
+    (duo,) = candidates(x, w, duo=True, n_grid=4)
     assert len(duo) == 5
     for i, s in enumerate(duo):
         torch.testing.assert_close(s, unit(x ** (i / 4) / (w ** (1 - i / 4) + 1e-4)))
-    alone = candidates(x, w, duo=False, n_grid=4)
-    assert len(alone) == 4  # ratio 0 is scale 1, which is tried anyway
+    (alone,) = candidates(x, w, duo=False, n_grid=4)
+    assert len(alone) == 5
     for i, s in enumerate(alone):
-        torch.testing.assert_close(s, unit(x ** ((i + 1) / 4)))
-    assert len(candidates(x, w, duo="both", n_grid=4)) == 3 + 2
+        torch.testing.assert_close(s, unit(x ** (i / 4)))
+    assert [len(c) for c in candidates(x, w, duo="both", n_grid=4)] == [3, 3]
 
 
 def test_a_channel_that_is_never_active_keeps_its_scale():
-    for s in candidates(torch.tensor([0.0, 2.0, 5.0]), torch.tensor([0.3, 0.3, 0.5]), duo=True, n_grid=5):
+    for s in candidates(torch.tensor([0.0, 2.0, 5.0]), torch.tensor([0.3, 0.3, 0.5]), duo=True, n_grid=5)[0]:
         assert s[0] == 1 and torch.isfinite(s).all() and (s > 0).all()
 
 
@@ -83,12 +83,29 @@ def test_a_channel_that_is_never_active_keeps_its_scale():
 def test_the_best_candidate_is_taken_and_beats_rounding(grid):
     x, weights = with_outliers(), [normal(24, 64, seed=2), normal(12, 64, seed=3)]
     readers, gram, columns = [Reader(w, grid) for w in weights], x.T @ x, torch.arange(64)
-    tried = candidates(x.abs().mean(0), relative_weight(readers), duo=True, n_grid=20)
-    best = best_scale(readers, gram, columns, tried)
-    errors = [sum(measured(w, x, s, grid) for w in weights) for s in (*tried, torch.ones(64))]
+    curves = candidates(x.abs().mean(0), relative_weight(readers), duo="both", n_grid=40)
+    best = best_scale(readers, gram, columns, curves)
+    every = [s for curve in curves for s in curve]
+    errors = [sum(measured(w, x, s, grid) for w in weights) for s in (*every, torch.ones(64))]
     mine = sum(measured(w, x, best, grid) for w in weights)
-    assert mine <= 1.02 * min(errors)
+    assert any(torch.equal(best, s) for s in every)
+    assert mine <= 1.03 * min(errors)
     assert mine < 0.7 * errors[-1]
+
+
+def test_a_curve_is_searched_from_coarse_to_fine(monkeypatch):
+    asked = []
+
+    def error(readers, gram, s):
+        if s is None:
+            return 100.0
+        asked.append(int(s[0]))
+        return abs(s[0].item() - 13.2) + 1
+
+    monkeypatch.setattr("bitpress.math.awq.rounding_error", error)
+    curve = [torch.full((2,), float(i)) for i in range(21)]
+    assert best_scale([], torch.eye(2), torch.arange(2), [curve])[0] == 13
+    assert asked == [0, 4, 8, 12, 16, 20, 10, 14, 13, 15]
 
 
 def test_scale_one_stays_where_nothing_is_better():

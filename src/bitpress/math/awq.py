@@ -9,7 +9,7 @@ Legend: R out features, C in features, P channels of a fold, G Gram matrix (C, C
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,21 +37,31 @@ class Reader:
     observer: str = "minmax"
 
 
-def best_scale(readers: Sequence[Reader], gram: Tensor, columns: Tensor, candidates: Iterable[Tensor]) -> Tensor:
-    """The candidate with the least output error after rounding; scale 1 is always among them.
+def best_scale(readers: Sequence[Reader], gram: Tensor, columns: Tensor, curves: Sequence[Sequence[Tensor]]) -> Tensor:
+    """The scale with the least output error after rounding; scale 1 is always among those that are tried.
+
+    Along a curve the error falls and rises again but for small waves, so every fourth point is tried, then those
+    two and one steps beside the best: as good a scale as the whole grid gives, for less than half of the work.
 
     Args:
         readers: the weights that read the fold's channels.
         gram: (C, C) of their common input.
         columns: (C,) channel of each input column.
-        candidates: scales (P,).
+        curves: scales (P,) in the order of their ratio, see `candidates`.
     """
     best = torch.ones(int(columns.max()) + 1, device=columns.device)
     least = rounding_error(readers, gram, None)
-    for s in candidates:
-        error = rounding_error(readers, gram, s[columns])
-        if error < least:
-            best, least = s, error
+    for curve in curves:
+        errors: dict[int, float] = {}
+        for step in (4, 2, 1):
+            lowest = min(errors, key=errors.__getitem__) if errors else None
+            near = range(0, len(curve), 4) if lowest is None else (lowest - step, lowest + step)
+            for i in near:
+                if 0 <= i < len(curve) and i not in errors:
+                    errors[i] = rounding_error(readers, gram, curve[i][columns])
+        lowest = min(errors, key=errors.__getitem__)
+        if errors[lowest] < least:
+            best, least = curve[lowest], errors[lowest]
     return best
 
 
@@ -73,26 +83,28 @@ def rounding_error(readers: Sequence[Reader], gram: Tensor, s: Tensor | None) ->
     return total
 
 
-def candidates(x_mean: Tensor, w_mean: Tensor, *, duo: bool | str, n_grid: int) -> list[Tensor]:
-    """Scales s = x_mean^r / w_mean^(1-r), or x_mean^r, for ratios r = 0, 1/n, ..., 1; normalized, without scale 1.
+def candidates(x_mean: Tensor, w_mean: Tensor, *, duo: bool | str, n_grid: int) -> list[list[Tensor]]:
+    """Curves of scales s = x_mean^r / w_mean^(1-r), or x_mean^r, for ratios r = 0, 1/n, ..., 1; normalized.
 
     Args:
         x_mean: (P,) mean absolute input of each channel.
         w_mean: (P,) mean share of their groups' largest weight that its weights take, see `relative_weight`.
-        duo: True: both; False: activations alone; "both": half of the grid each.
+        duo: True: both in one curve; False: activations alone; "both": a curve of each, with half of the steps.
         n_grid: steps from r = 0 to r = 1.
     """
     kinds = [True, False] if duo == "both" else [bool(duo)]
     points = max(1, n_grid // len(kinds))
-    found = []
+    curves = []
     for kind in kinds:
-        for i in range(0 if kind else 1, points + 1):
+        curve = []
+        for i in range(points + 1):
             r = i / points
             s = x_mean.float().clamp(min=SMALLEST) ** r
             if kind:
                 s = s / (w_mean.float() ** (1 - r) + SMALLEST)
-            found.append(normalized(s, x_mean > 0))
-    return found
+            curve.append(normalized(s, x_mean > 0))
+        curves.append(curve)
+    return curves
 
 
 def normalized(s: Tensor, live: Tensor) -> Tensor:

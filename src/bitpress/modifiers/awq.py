@@ -46,17 +46,18 @@ class AWQModifier(ScaleModifier, QuantizationModifier):
             Default: all that the model allows: norms and what reads them, values and output projection, up and
             down projection.
         duo_scaling: scales by activations and weights (true), by activations alone (false), or half of the grid
-            each ("both"). Default: true.
+            each ("both"). Default: null, activations alone where the quantizer searches its scales under the Gram
+            matrix, as GPTQ does and weights in the scale do not help, and "both" elsewhere.
         n_grid: steps of the search from one end to the other. Default: 20.
         sequential_targets: has no effect. Default: none.
         offload_device: has no effect. Default: none.
     """
 
     smoothing: ClassVar[str] = "awq"
-    most_rows: ClassVar[int | None] = 2048
+    most_rows: ClassVar[int | None] = 512  # more rows choose the same scales
 
     clip: bool = True
-    duo_scaling: bool | Literal["both"] = True
+    duo_scaling: bool | Literal["both"] | None = None
     n_grid: int = 20
     sequential_targets: Names | None = None
     offload_device: Any = None
@@ -105,10 +106,15 @@ class AWQModifier(ScaleModifier, QuantizationModifier):
         from bitpress.math.smoothquant import by_channel
 
         held = list(readers)
+        duo = self.duo_scaling
+        if duo is None:
+            duo = False if all(r.observer == "hessian" for r in held) else "both"
+        if self.rounds and self.clip:  # a search weighted by the diagonal is close to clipping, and cheaper
+            held = [dataclasses.replace(r, observer="hessian") for r in held]
         assert stats.sum_abs is not None
         x_mean = by_channel(stats.sum_abs / max(stats.tokens, 1), columns, channels, "mean")
         w_mean = by_channel(relative_weight(held), columns, channels, "mean")
-        tried = candidates(x_mean, w_mean, duo=self.duo_scaling, n_grid=self.n_grid)
+        tried = candidates(x_mean, w_mean, duo=duo, n_grid=self.n_grid)
         return best_scale(held, stats.needed_gram, columns, tried)
 
     def solve(

@@ -253,4 +253,5 @@ def _readable(annotation: str) -> str:
     if annotation.startswith("Literal["):
         inside, _, rest = annotation.removeprefix("Literal[").partition("]")
         return inside.replace('"', "'") + rest.replace(" | None", " or null")
-    return " or ".join(names.get(part, part) for part in annotation.split(" | "))
+    parts = [names.get(part, part) for part in annotation.split(" | ")]
+    return " or ".join(p[len("Literal[") : -1].replace('"', "'") if p.startswith("Literal[") else p for p in parts)

@@ -1,0 +1,340 @@
+"""AWQ and SmoothQuant end to end: both forms, streamed and in memory, resumed, with mappings, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from bitpress import NumericsError, PlanError, RecipeError, chain, oneshot, output
+from bitpress.folds import Fold
+from bitpress.math.grid import Solved
+from bitpress.modifiers.awq import AWQMapping, AWQModifier
+from bitpress.modifiers.quantization import GPTQModifier, QuantizationModifier
+from bitpress.modifiers.smoothquant import SmoothQuantModifier
+from conftest import FAMILIES, build, save, token_rows
+from helpers import assert_same_tensors, client, logits, tensors
+
+ROWS = token_rows()
+OPTIONS = {"max_seq_length": 32, "num_calibration_samples": 12}
+G16 = {"group_size": 16, "ignore": ["lm_head"]}
+RECIPES = {
+    "awq": [AWQModifier(scheme="W4A16_ASYM", n_grid=5, **G16)],
+    "awq, then gptq": [AWQModifier(n_grid=5), GPTQModifier(scheme="W4A16", **G16)],
+    "smoothquant, then gptq": [
+        SmoothQuantModifier(smoothing_strength=0.8),
+        GPTQModifier(scheme="W8A8", ignore=["lm_head"]),
+    ],
+}
+METHODS = dict(zip(RECIPES, ("awq+rtn", "awq+gptq", "smoothquant+gptq"), strict=True))
+
+
+def with_outliers(family="llama", dtype=torch.bfloat16, **changes):
+    """A model whose norms make some channels stick out, as those of large models do."""
+    model = build(family, dtype, **changes)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name and parameter.shape == (32,) and "final" not in name and name.count(".") > 2:
+                parameter.copy_(torch.rand(32, generator=torch.Generator().manual_seed(1)) + 0.5)
+                parameter[::8] *= 6
+    return model
+
+
+def run(model, recipe, out=None, **more):
+    return oneshot(model, ROWS, recipe, output_dir=out, **{**OPTIONS, **more})
+
+
+def report(folder):
+    return json.loads((folder / "report.json").read_text())
+
+
+def distance(new, old):
+    a, b = logits(new).float(), logits(old).float()
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_streamed_and_in_memory_are_the_same(name, tmp_path):
+    model = with_outliers()
+    base = save(model, tmp_path / "base")
+    run(base, RECIPES[name], tmp_path / "out")
+    written, before = tensors(tmp_path / "out"), tensors(base)
+    changed = run(model, RECIPES[name])
+    changed.save_pretrained(tmp_path / "memory", save_compressed=True)
+    assert_same_tensors(tensors(tmp_path / "memory"), written)
+
+    rows = report(tmp_path / "out")["layers"]
+    assert {r["method"] for r in rows} == {METHODS[name]} and {r["error_of"] for r in rows} == {"output"}
+    norms = [n for n in before if n.endswith("layernorm.weight")]
+    assert len(norms) == 4 and all(not torch.equal(before[n], written[n]) for n in norms)
+    assert torch.equal(before["model.norm.weight"], written["model.norm.weight"])
+    original = AutoModelForCausalLM.from_pretrained(base, dtype="auto").eval()
+    assert distance(client(tmp_path / "out"), original) < 0.5
+    if "smoothquant" not in name:  # there transformers rounds activations too
+        assert torch.equal(logits(client(tmp_path / "out")), logits(changed))
+
+
+OTHERS = ["qwen2", "gemma2", "phi3", "opt", "gpt_neox", "falcon", "olmo2", "mixtral", "qwen3_moe"]
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_every_family_computes_the_same_with_its_scales(family, monkeypatch):
+    """With a solver that leaves weights as they are, nothing but the folds is done."""
+    monkeypatch.setitem(FAMILIES, "olmo2", ("Olmo2Config", FAMILIES["llama"][1]))
+
+    def keep(steps, weights, stats, dtype):
+        return [Solved(None, None, torch.zeros(()), weight=w) for w in weights]
+
+    monkeypatch.setattr(chain, "solve", keep)
+    model = with_outliers(family, torch.float32)
+    before, weights = logits(model), {n: p.clone() for n, p in model.named_parameters()}
+    run(model, [SmoothQuantModifier(), QuantizationModifier(scheme="W8A16", **G16)])
+    changed = [n for n, p in model.named_parameters() if not torch.equal(p, weights[n])]
+    assert len(changed) >= 2 * 4
+    assert float((logits(model) - before).norm() / before.norm()) < 1e-4
+
+
+def test_outlier_channels_cost_less_with_awq(tmp_path):
+    base = save(with_outliers(dtype=torch.float32), tmp_path / "base")
+    scheme = {"scheme": "W4A16", "group_size": 16, "ignore": ["lm_head"]}
+    run(base, {"QuantizationModifier": scheme}, tmp_path / "rtn")
+    run(base, {"AWQModifier": {**scheme, "clip": False}}, tmp_path / "awq")
+    run(base, {"AWQModifier": scheme}, tmp_path / "clip")
+    run(base, {"AWQModifier": {}, "GPTQModifier": scheme}, tmp_path / "gptq")
+    original = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    off = {n: distance(client(tmp_path / n, torch.float32), original) for n in ("rtn", "awq", "clip", "gptq")}
+    assert off["awq"] < off["rtn"] and off["gptq"] < off["awq"], off
+    errors = {n: sum(r["rel_error"] for r in report(tmp_path / n)["layers"]) for n in ("awq", "clip")}
+    assert errors["clip"] < errors["awq"]
+
+
+@pytest.mark.parametrize(("family", "name"), [*(("llama", r) for r in RECIPES), ("mixtral", "awq, then gptq")])
+def test_resumed_after_every_block_it_ends_with_the_same_bytes(family, name, tmp_path, monkeypatch):
+    base = save(with_outliers(family), tmp_path / "base")
+    run(base, RECIPES[name], tmp_path / "straight")
+    expected = tensors(tmp_path / "straight")
+    real = output.Output.write
+    stops = iter((1, 2, None))
+
+    def write(self, at, *args, **options):
+        if at == stop:
+            raise KeyboardInterrupt
+        real(self, at, *args, **options)
+
+    monkeypatch.setattr(output.Output, "write", write)
+    while (stop := next(stops)) is not None:
+        with pytest.raises(KeyboardInterrupt):
+            run(base, RECIPES[name], tmp_path / "out")
+    run(base, RECIPES[name], tmp_path / "out", resume=True)
+    assert_same_tensors(tensors(tmp_path / "out"), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_little_memory_gives_the_same_bytes(family, tmp_path, monkeypatch):
+    """Statistics that are not held at once are collected again once the scales are known."""
+    base = save(with_outliers(family), tmp_path / "base")
+    run(base, RECIPES["awq, then gptq"], tmp_path / "a")
+    from bitpress import plan
+
+    real = plan.budget
+    monkeypatch.setattr(plan, "budget", lambda *a: {**real(*a), "gram_bytes": 1})
+    run(base, RECIPES["awq, then gptq"], tmp_path / "b")
+    assert_same_tensors(tensors(tmp_path / "b"), tensors(tmp_path / "a"))
+
+
+def test_both_kinds_of_smoothing_in_one_stage(tmp_path):
+    base = save(build("llama"), tmp_path / "base")
+    recipe = [SmoothQuantModifier(), AWQModifier(n_grid=5), QuantizationModifier(scheme="W8A8", ignore=["lm_head"])]
+    run(base, recipe, tmp_path / "out")
+    assert {r["method"] for r in report(tmp_path / "out")["layers"]} == {"smoothquant+awq+rtn"}
+    original = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    assert distance(client(tmp_path / "out", torch.float32), original) < 0.06
+
+
+def test_a_producer_that_is_not_compressed_is_scaled_exactly(tmp_path):
+    """Its rows are stored as they are, so the scale is a power of two: no bit of a weight is lost."""
+    base = save(with_outliers(), tmp_path / "base")
+    recipe = [SmoothQuantModifier(), QuantizationModifier(scheme="W8A8", targets=["o_proj"])]
+    run(base, recipe, tmp_path / "out")
+    before, after = (tensors(f)["model.layers.0.self_attn.v_proj.weight"].float() for f in (base, tmp_path / "out"))
+    ratio = (before / after).nan_to_num(1)
+    assert torch.equal(ratio, ratio[:, :1].expand_as(ratio))
+    assert torch.equal(ratio.log2(), ratio.log2().round()) and not torch.equal(before, after)
+    assert len(report(tmp_path / "out")["layers"]) == 2
+
+
+MAPPINGS = {
+    "smoothquant's form": [[["re:.*q_proj", "re:.*k_proj", "re:.*v_proj"], "re:.*input_layernorm"]],
+    "awq's form": [
+        {"smooth_layer": "re:.*input_layernorm$", "balance_layers": ["re:.*q_proj$", "re:.*k_proj", "v_proj"]}
+    ],
+    "part of the readers": [[["q_proj"], "input_layernorm"]],
+}
+
+
+@pytest.mark.parametrize("kind", [SmoothQuantModifier, AWQModifier])
+@pytest.mark.parametrize("form", MAPPINGS)
+def test_mappings(form, kind, tmp_path):
+    model = build("llama")
+    base = save(model, tmp_path / "base")
+    run(base, [kind(mappings=MAPPINGS[form]), QuantizationModifier(scheme="W8A16", **G16)], tmp_path / "out")
+    before, after = tensors(base), tensors(tmp_path / "out")
+    changed = {n for n in before if n in after and not torch.equal(before[n], after[n])}
+    assert changed == {f"model.layers.{i}.input_layernorm.weight" for i in (0, 1)}
+    methods = {r["name"].rpartition(".")[2]: r["method"] for r in report(tmp_path / "out")["layers"]}
+    assert methods["q_proj"] == methods["k_proj"] == f"{kind.smoothing}+rtn" and methods["o_proj"] == "rtn"
+    assert distance(client(tmp_path / "out", torch.float32), model) < 0.04
+
+
+def test_mappings_by_names_on_disk_and_as_objects(tmp_path):
+    base = save(with_outliers("mixtral"), tmp_path / "base")
+    mapping = AWQMapping("re:.*w3$", ["re:.*w2$"])
+    run(base, [AWQModifier(mappings=[mapping]), QuantizationModifier(scheme="W4A16", **G16)], tmp_path / "out")
+    rows = report(tmp_path / "out")["layers"]
+    assert {r["name"].rpartition(".")[2] for r in rows if r["method"] == "awq+rtn"} == {"w2"}
+
+
+def test_ignore_leaves_a_producer_alone(tmp_path):
+    base = save(with_outliers(), tmp_path / "base")
+    recipe = [SmoothQuantModifier(ignore=["re:.*layernorm"]), QuantizationModifier(scheme="W8A8", ignore=["lm_head"])]
+    run(base, recipe, tmp_path / "out")
+    before, after = tensors(base), tensors(tmp_path / "out")
+    assert all(torch.equal(before[n], after[n]) for n in before if "norm" in n)
+    rows = {r["name"].rpartition(".")[2]: r["method"] for r in report(tmp_path / "out")["layers"]}
+    assert rows["o_proj"] == rows["down_proj"] == "smoothquant+rtn" and rows["q_proj"] == "rtn"
+
+
+W8 = QuantizationModifier(scheme="W8A16", **G16)
+REFUSED = {
+    "matches nothing": (
+        "llama", [AWQModifier(mappings=[[["q_proj"], "re:.*inputnorm"]]), W8],
+        ["AWQModifier.mappings[0]: 're:.*inputnorm' matches nothing", "input_layernorm"],
+    ),
+    "reads something else": (
+        "llama", [SmoothQuantModifier(mappings=[[["q_proj", "gate_proj"], "input_layernorm"]]), W8],
+        ["mappings[0]: 'gate_proj' does not read the output of input_layernorm", "self_attn.q_proj"],
+    ),
+    "cannot be scaled": (
+        "llama", [AWQModifier(mappings=[[["down_proj"], "gate_proj"]]), W8],
+        ["mappings[0]: mlp.gate_proj cannot be scaled", "no linear reads it"],
+    ),
+    "twice": (
+        "llama", [AWQModifier(mappings=[[["q_proj"], "input_layernorm"], [["k_proj"], "re:.*input_layer.*"]]), W8],
+        ["mappings[1]: input_layernorm is scaled by another mapping already"],
+    ),
+    "nothing quantizes": ("llama", [AWQModifier()], ["AWQModifier: nothing after it quantizes"]),
+    "wrong order": ("llama", [W8, AWQModifier()], ["AWQModifier: must come before QuantizationModifier"]),
+    "nothing to smooth": (
+        "gpt_neox", [SmoothQuantModifier(), QuantizationModifier(scheme="W8A8", targets="re:.*dense_4h_to_h")],
+        ["SmoothQuantModifier: nothing in this model can be smoothed", "nothing that reads it is quantized"],
+    ),
+    "post-norm": (
+        "opt", [AWQModifier(mappings=[[["fc1"], "self_attn_layer_norm"]]), W8],
+        ["mappings[0]: self_attn_layer_norm cannot be scaled", "something else reads its output too"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_before_anything_is_loaded(case, tmp_path):
+    family, recipe, messages = REFUSED[case]
+    changes = {"do_layer_norm_before": False} if case == "post-norm" else {}
+    base = save(build(family, **changes), tmp_path / "base")
+    with pytest.raises(PlanError) as caught:
+        run(base, recipe, tmp_path / "out")
+    assert all(m in str(caught.value) for m in messages), str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("keys", "fault"),
+    [
+        ({"smoothing_strength": 1.2}, "smoothing_strength: must be from 0 to 1, got 1.2"),
+        ({"smoothing_strength": "much"}, "smoothing_strength: expected a number, got 'much'"),
+        ({"mappings": []}, "mappings: empty, so nothing would be smoothed"),
+        ({"mappings": "q_proj"}, "mappings: expected a list of mappings or null, got 'q_proj'"),
+        ({"mappings": [["q_proj"]]}, "mappings[0]: expected [[layers that read], layer that is scaled]"),
+        ({"mappings": [[["q_proj"], ["a", "b"]]]}, "mappings[0]: the layer to scale must be one name"),
+        ({"mappings": [[[], "norm"]]}, "mappings[0]: the layers that read it must be names"),
+        ({"mappings": [{"smooth_layer": "a"}]}, "mappings[0]: balance_layers missing"),
+        ({"mappings": [{"smooth_layer": "a", "balance_layers": ["b"], "c": 1}]}, "mappings[0]: unknown key c"),
+        ({"mappings": [[["re:("], "norm"]]}, "mappings[0]: 're:(' is not a regular expression"),
+        ({"algorithm": "smooth"}, "algorithm: expected 'smoothquant', 'log_equalization'"),
+    ],
+)
+def test_faults_of_smoothquant(keys, fault):
+    with pytest.raises(RecipeError) as caught:
+        SmoothQuantModifier(**keys)
+    assert str(caught.value).startswith(f"SmoothQuantModifier.{fault}"), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "fault"),
+    [
+        ({"n_grid": 0}, "n_grid: must be at least 1, got 0"),
+        ({"duo_scaling": "some"}, "duo_scaling: expected true or false or 'both' or null, got 'some'"),
+        ({"group_size": 64}, "group_size: goes with scheme or config_groups"),
+        ({"scheme": "W4A61"}, "scheme: 'W4A61' is unknown. Did you mean 'W4A16'?"),
+        ({"n_gird": 3}, "n_gird: unknown key. Did you mean 'n_grid'?"),
+    ],
+)
+def test_faults_of_awq(keys, fault):
+    with pytest.raises(RecipeError) as caught:
+        AWQModifier(**keys)
+    assert str(caught.value).startswith(f"AWQModifier.{fault}"), str(caught.value)
+
+
+def test_keys_without_effect_are_said(tmp_path):
+    base = save(with_outliers(), tmp_path / "base")
+    recipe = [
+        SmoothQuantModifier(num_calibration_steps=8),
+        AWQModifier(offload_device="cpu", sequential_targets=["LlamaDecoderLayer"]),
+        W8,
+    ]
+    run(base, recipe, tmp_path / "out")
+    notes = "\n".join(report(tmp_path / "out")["notes"])
+    for key in ("SmoothQuantModifier.num_calibration_steps", "AWQModifier.offload_device", "sequential_targets"):
+        assert f"{key}: has no effect" in notes
+    assert "AWQModifier: scales input_layernorm -> self_attn.q_proj" in notes
+
+
+def test_what_cannot_be_scaled_is_said(tmp_path):
+    run(save(build("gpt_neox"), tmp_path / "base"), [AWQModifier(scheme="W4A16", **G16)], tmp_path / "out")
+    assert any("the input of mlp.dense_4h_to_h is not scaled" in n for n in report(tmp_path / "out")["notes"])
+
+
+def test_recipes_round_trip(tmp_path):
+    from bitpress import Recipe
+
+    text = """
+    quant_stage:
+      quant_modifiers:
+        SmoothQuantModifier:
+          smoothing_strength: 0.8
+          mappings: [[["re:.*q_proj", "re:.*k_proj", "re:.*v_proj"], "re:.*input_layernorm"]]
+        AWQModifier:
+          duo_scaling: both
+          mappings: [{smooth_layer: "re:.*v_proj", balance_layers: ["re:.*o_proj"]}]
+        GPTQModifier: {scheme: W4A16}
+    """
+    recipe = Recipe.load(text)
+    assert Recipe.load(recipe.to_yaml()) == recipe
+
+
+def test_a_wrong_fold_is_caught_on_real_data(tmp_path, monkeypatch):
+    """Whatever the plan says, the block's output on a real sequence has the last word."""
+    base = save(with_outliers(), tmp_path / "base")
+    from bitpress import foldplan
+
+    wrong = Fold("self_attn.q_proj", ("self_attn.o_proj",), layout="all rows")
+    real = foldplan.find_folds
+
+    def found(*args):
+        return dataclasses.replace(real(*args), folds=(wrong,))
+
+    monkeypatch.setattr(foldplan, "find_folds", found)
+    with pytest.raises(NumericsError, match=r"model.layers.0: with its scales folded.*self_attn.q_proj"):
+        run(base, [AWQModifier(), W8], tmp_path / "out")
