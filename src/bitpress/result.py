@@ -271,15 +271,15 @@ def load_into(subject: ModuleSubject, plan: Plan, folder: Path) -> nn.Module:
 
     source = Source(folder)
     solved = []
-    for site in plan.sites:
-        try:
+    try:
+        for site in plan.sites:
             z = read_site(lambda name: source.tensors[name][0], site, compressed=_packed(source, site))
-        except KeyError as error:
-            raise CheckpointError(f"{folder}: {error} is in no weight file; download or write it again") from None
-        subject.assign({site.key: z.dense()})
-        if z.qparams is not None:
-            solved.append((site, replace(z, codes=None)))
-    caches = source.read([name for cache in plan.caches for name in cache.spec()])
+            subject.assign({site.key: z.dense()})
+            if z.qparams is not None:
+                solved.append((site, replace(z, codes=None)))
+        caches = source.read([name for cache in plan.caches for name in cache.spec()])
+    except KeyError as error:
+        raise CheckpointError(f"{folder}: {error} is in no weight file; download or write it again") from None
     report, recipe = folder / "report.json", folder / "recipe.yaml"
     subject.close()
     return attach(

@@ -23,9 +23,10 @@ class SparseAutoModelForCausalLM:
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
         """Load a model; takes the arguments of transformers, and `torch_dtype` for `dtype`.
 
-        A checkpoint of integer weights in compressed-tensors format comes dense, and its
-        `save_pretrained(dir, save_compressed=True)` packs it again with the same scales. All else, schemes that
-        bitpress does not read too, is left to transformers.
+        A checkpoint in compressed-tensors format comes with dense weights, and its
+        `save_pretrained(dir, save_compressed=True)` packs it again with the same scales. Activations and caches are
+        not rounded; transformers' own class does that. All else, schemes that bitpress does not read too, is left
+        to transformers.
         """
         from transformers import AutoModelForCausalLM
 
