@@ -127,10 +127,12 @@ def misread_as_experts(scheme: Scheme) -> bool:
 
 def loads_as_experts(scheme: Scheme) -> bool:
     """Whether transformers decompresses it for experts, which it holds as one parameter."""
-    weights = scheme.weights
-    if scheme.format == "pack-quantized":
-        return weights.symmetric
-    return scheme.format in ("float-quantized", "naive-quantized") and weights.strategy in ("tensor", "channel")
+    match scheme.format:
+        case "pack-quantized":
+            return scheme.weights.symmetric
+        case "float-quantized" | "naive-quantized":
+            return scheme.weights.strategy in ("tensor", "channel")
+    return scheme.format in ("mxfp4-pack-quantized", "mxfp6-pack-quantized")
 
 
 def _cache_limit(cache: QuantArgs) -> str | None:
