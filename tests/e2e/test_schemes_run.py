@@ -122,6 +122,21 @@ def test_static_scales_are_those_of_the_range_that_was_seen(base, tmp_path):
             assert torch.equal(*(stored[f"model.layers.0.self_attn.{x}_proj.{part}"] for x in (a, b)))
 
 
+def test_static_scales_are_of_smoothed_inputs(base, tmp_path):
+    both = [{"SmoothQuantModifier": {"smoothing_strength": 0.8}}, recipe(config_groups={"a": STATIC})]
+    oneshot(base, token_rows(), both, output_dir=tmp_path / "out", **OPTIONS)
+    stored = tensors(tmp_path / "out")
+    original = SparseAutoModelForCausalLM.from_pretrained(base)
+    model = SparseAutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    norm = "model.layers.0.input_layernorm.weight"
+    assert not torch.equal(model.get_parameter(norm), original.get_parameter(norm))
+    name = "model.layers.0.self_attn.q_proj"
+    low, high = seen_by(model, [name])[name]
+    torch.testing.assert_close(
+        stored[f"{name}.input_scale"].float(), ((high - low) / 255).reshape(1), rtol=0.02, atol=0
+    )
+
+
 @pytest.mark.parametrize(
     ("kind", "name", "shared"),
     [
