@@ -107,7 +107,7 @@ def load_checkpoint(found: Inspection, dtype: str, device: str, trust: bool, not
 
 
 def _own_loader(folder: Path) -> bool:
-    from bitpress.result import is_weight_only
+    from bitpress.reading import is_weight_only
 
     return is_weight_only(folder)
 
@@ -115,7 +115,7 @@ def _own_loader(folder: Path) -> bool:
 def _misread_experts(found: Inspection) -> bool:
     """Whether transformers would load experts and get other weights than are stored."""
     from bitpress.clients import misread_as_experts
-    from bitpress.result import modifier_of
+    from bitpress.reading import modifier_of
 
     if not any(".experts." in layer.name and layer.scheme.startswith("NVFP4") for layer in found.layers):
         return False
@@ -128,7 +128,7 @@ def _misread_experts(found: Inspection) -> bool:
 
 def _reloaded(found: Inspection, dtype: Any, on: Any, trust: bool, notes: list[str] | None) -> Any:
     """What transformers cannot load, as bitpress reads it: the same weights, dense."""
-    from bitpress.result import reload
+    from bitpress.reading import reload
 
     try:
         model = reload(found.path, dtype=dtype, device_map=on, trust_remote_code=trust)

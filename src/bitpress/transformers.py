@@ -30,7 +30,7 @@ class SparseAutoModelForCausalLM:
         """
         from transformers import AutoModelForCausalLM
 
-        from bitpress.result import reload
+        from bitpress.reading import reload
 
         if "torch_dtype" in kwargs:
             kwargs.setdefault("dtype", kwargs["torch_dtype"])
@@ -47,10 +47,10 @@ class SparseAutoModelForCausalLM:
 
 
 def _reloads(folder: Path) -> bool:
-    """Whether the configuration in a folder is of a checkpoint that `result.reload` reads."""
+    """Whether the configuration in a folder is of a checkpoint that `reading.reload` reads."""
     from bitpress.errors import CheckpointError
     from bitpress.inspection import is_quantized
-    from bitpress.result import modifier_of
+    from bitpress.reading import modifier_of
 
     if is_quantized(folder) != "compressed-tensors":
         return False
