@@ -74,7 +74,9 @@ def vllm_limit(scheme: Scheme) -> str | None:
         case "int-quantized":
             return _int_limit(weights, inputs)
         case "float-quantized" | "naive-quantized":
-            return UNSERVED if weights.strategy == "group" else None
+            if weights.strategy == "group":
+                return UNSERVED
+            return ON_GPUS if scheme.static_inputs else None  # the CPU build lacks the operator for static scales
         case "mxfp6-pack-quantized":
             return UNSERVED
     return ON_GPUS

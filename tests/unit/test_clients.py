@@ -5,8 +5,8 @@ import pytest
 from bitpress.clients import ON_GPUS, UNSERVED, loads_as_experts, misread_as_experts, release_limit, vllm_limit
 from bitpress.schemes import PRESETS, QuantArgs, Scheme, preset, scheme_from_group
 
-EVERYWHERE = {"W4A16", "W8A16", "W4A16_ASYM", "W8A16_ASYM", "W8A8", "INT8", "FP8", "FP8_DYNAMIC", "FP8_BLOCK"}
-GPUS = {"NVFP4", "NVFP4A16", "MXFP4", "MXFP4A16", "MXFP4XFP8", "MXFP8", "MXFP8A16"}
+EVERYWHERE = {"W4A16", "W8A16", "W4A16_ASYM", "W8A16_ASYM", "W8A8", "INT8", "FP8_DYNAMIC", "FP8_BLOCK"}
+GPUS = {"FP8", "NVFP4", "NVFP4A16", "MXFP4", "MXFP4A16", "MXFP4XFP8", "MXFP8", "MXFP8A16"}
 
 
 @pytest.mark.parametrize("name", PRESETS)
