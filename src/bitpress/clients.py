@@ -29,8 +29,16 @@ def client_notes(subject: Subject, sites: Sequence[Site], caches: Sequence[Quant
     for group in {s.group.name: s.group for s in sites if s.group is not None}.values():
         scheme, mine = group.scheme, [s for s in sites if s.group is group]
         found = [vllm_limit(scheme), release_limit(scheme, mine)]
-        if any(s.expert is not None for s in mine) and not _loads_as_experts(scheme):
-            found.append("transformers loads experts as symmetric packed integers or fp8 only; use W4A16, FP8_DYNAMIC")
+        if any(s.expert is not None for s in mine) and not loads_as_experts(scheme):
+            what = (
+                "misreads experts of this scheme"
+                if misread_as_experts(scheme)
+                else "cannot load experts of this scheme"
+            )
+            found.append(
+                f"transformers {what} (it reads symmetric packed integers and fp8, such as W4A16, FP8_DYNAMIC); "
+                "load it with bitpress.transformers"
+            )
         if subject.dtype != torch.bfloat16 and scheme.format.startswith(("nvfp4", "mxfp")):
             found.append("transformers reads the weights as bfloat16: load it in that, or with bitpress.transformers")
         notes += [f"{label(group)}: {text}" for text in found if text]
@@ -66,7 +74,9 @@ def vllm_limit(scheme: Scheme) -> str | None:
         case "int-quantized":
             return _int_limit(weights, inputs)
         case "float-quantized" | "naive-quantized":
-            return UNSERVED if weights.strategy == "group" else None
+            if weights.strategy == "group":
+                return UNSERVED
+            return ON_GPUS if scheme.static_inputs else None  # the CPU build lacks the operator for static scales
         case "mxfp6-pack-quantized":
             return UNSERVED
     return ON_GPUS
@@ -112,12 +122,19 @@ def release_limit(scheme: Scheme, sites: Sequence[Site]) -> str | None:
     return None
 
 
-def _loads_as_experts(scheme: Scheme) -> bool:
+def misread_as_experts(scheme: Scheme) -> bool:
+    """Whether transformers loads experts of a scheme without an error, and wrong: it leaves out the scale on top."""
+    return scheme.format == "nvfp4-pack-quantized"
+
+
+def loads_as_experts(scheme: Scheme) -> bool:
     """Whether transformers decompresses it for experts, which it holds as one parameter."""
-    weights = scheme.weights
-    if scheme.format == "pack-quantized":
-        return weights.symmetric
-    return scheme.format in ("float-quantized", "naive-quantized") and weights.strategy in ("tensor", "channel")
+    match scheme.format:
+        case "pack-quantized":
+            return scheme.weights.symmetric
+        case "float-quantized" | "naive-quantized":
+            return scheme.weights.strategy in ("tensor", "channel")
+    return scheme.format in ("mxfp4-pack-quantized", "mxfp6-pack-quantized")
 
 
 def _cache_limit(cache: QuantArgs) -> str | None:

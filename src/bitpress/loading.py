@@ -80,6 +80,8 @@ def load_checkpoint(found: Inspection, dtype: str, device: str, trust: bool, not
     if gguf_file:
         options["gguf_file"] = gguf_file
     own = found.method == "compressed-tensors" and _own_loader(Path(folder))
+    if found.method == "compressed-tensors" and _misread_experts(found):
+        return _reloaded(found, options["dtype"], on, trust, notes)
     try:
         with _quiet(reports=own):
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -105,14 +107,28 @@ def load_checkpoint(found: Inspection, dtype: str, device: str, trust: bool, not
 
 
 def _own_loader(folder: Path) -> bool:
-    from bitpress.result import is_weight_only
+    from bitpress.reading import is_weight_only
 
     return is_weight_only(folder)
 
 
+def _misread_experts(found: Inspection) -> bool:
+    """Whether transformers would load experts and get other weights than are stored."""
+    from bitpress.clients import misread_as_experts
+    from bitpress.reading import modifier_of
+
+    if not any(".experts." in layer.name and layer.scheme.startswith("NVFP4") for layer in found.layers):
+        return False
+    try:
+        groups = modifier_of(Path(found.path)).groups()
+    except CheckpointError:
+        return False
+    return any(misread_as_experts(group.scheme) for group in groups)
+
+
 def _reloaded(found: Inspection, dtype: Any, on: Any, trust: bool, notes: list[str] | None) -> Any:
     """What transformers cannot load, as bitpress reads it: the same weights, dense."""
-    from bitpress.result import reload
+    from bitpress.reading import reload
 
     try:
         model = reload(found.path, dtype=dtype, device_map=on, trust_remote_code=trust)
@@ -120,7 +136,8 @@ def _reloaded(found: Inspection, dtype: Any, on: Any, trust: bool, notes: list[s
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CheckpointError(f"{found.path}: neither transformers nor bitpress can load it: {first}") from error
     if notes is not None:
-        notes.append(f"{found.path}: transformers cannot load it, so bitpress's own loader was used")
+        rounded = "" if _own_loader(Path(found.path)) else "; activations are not rounded"
+        notes.append(f"{found.path}: transformers cannot load it, so bitpress's own loader was used{rounded}")
     return model.eval()
 
 

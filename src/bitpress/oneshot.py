@@ -231,7 +231,7 @@ def _run(args: Arguments) -> Any:
 
 def _loaded_into(ready: Prepared) -> Any:
     """A finished output read back into the module that was passed."""
-    from bitpress.result import load_into
+    from bitpress.reading import load_into
     from bitpress.subject import ModuleSubject
 
     assert ready.output is not None and isinstance(ready.subject, ModuleSubject)

@@ -89,11 +89,8 @@ class Coding(NamedTuple):
         words = [f"{self.type}{self.num_bits}", self.strategy]
         words += [str(self.group_size)] if self.group_size else []
         words += [] if self.symmetric is None else ["sym" if self.symmetric else "asym"]
-        words += (
-            []
-            if self.dynamic is None
-            else [self.dynamic if isinstance(self.dynamic, str) else "dynamic" if self.dynamic else "static"]
-        )
+        if self.dynamic is not None:
+            words.append(self.dynamic if isinstance(self.dynamic, str) else "dynamic" if self.dynamic else "static")
         return " ".join(words)
 
 

@@ -23,13 +23,14 @@ class SparseAutoModelForCausalLM:
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
         """Load a model; takes the arguments of transformers, and `torch_dtype` for `dtype`.
 
-        A checkpoint of integer weights in compressed-tensors format comes dense, and its
-        `save_pretrained(dir, save_compressed=True)` packs it again with the same scales. All else, schemes that
-        bitpress does not read too, is left to transformers.
+        A checkpoint in compressed-tensors format comes with dense weights, and its
+        `save_pretrained(dir, save_compressed=True)` packs it again with the same scales. Activations and caches are
+        not rounded; transformers' own class does that. All else, schemes that bitpress does not read too, is left
+        to transformers.
         """
         from transformers import AutoModelForCausalLM
 
-        from bitpress.result import reload
+        from bitpress.reading import reload
 
         if "torch_dtype" in kwargs:
             kwargs.setdefault("dtype", kwargs["torch_dtype"])
@@ -46,10 +47,10 @@ class SparseAutoModelForCausalLM:
 
 
 def _reloads(folder: Path) -> bool:
-    """Whether the configuration in a folder is of a checkpoint that `result.reload` reads."""
+    """Whether the configuration in a folder is of a checkpoint that `reading.reload` reads."""
     from bitpress.errors import CheckpointError
     from bitpress.inspection import is_quantized
-    from bitpress.result import modifier_of
+    from bitpress.reading import modifier_of
 
     if is_quantized(folder) != "compressed-tensors":
         return False

@@ -367,9 +367,9 @@ def test_what_bitpress_cannot_read_goes_to_transformers(saved, tmp_path, monkeyp
     config = config_of(tmp_path / "out")
     asked = []
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: asked.append((a, k)))
-    fp8 = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
+    blocks = {"num_bits": 8, "type": "int", "strategy": "block", "block_structure": [16, 16]}
     act_order = group(4, "group", size=16)["weights"] | {"actorder": "group"}
-    for i, weights in enumerate((fp8, act_order)):
+    for i, weights in enumerate((blocks, act_order)):
         folder = tmp_path / str(i)
         shutil.copytree(tmp_path / "out", folder)
         settings = config["quantization_config"] | {"config_groups": {"g": {"targets": ["Linear"], "weights": weights}}}

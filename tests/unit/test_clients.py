@@ -1,0 +1,77 @@
+"""What is said of clients, preset by preset."""
+
+import pytest
+
+from bitpress.clients import ON_GPUS, UNSERVED, loads_as_experts, misread_as_experts, release_limit, vllm_limit
+from bitpress.schemes import PRESETS, QuantArgs, Scheme, preset, scheme_from_group
+
+EVERYWHERE = {"W4A16", "W8A16", "W4A16_ASYM", "W8A16_ASYM", "W8A8", "INT8", "FP8_DYNAMIC", "FP8_BLOCK"}
+GPUS = {"FP8", "NVFP4", "NVFP4A16", "MXFP4", "MXFP4A16", "MXFP4XFP8", "MXFP8", "MXFP8A16"}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_what_vllm_serves(name):
+    said = vllm_limit(preset(name))
+    if name in EVERYWHERE:
+        assert said is None
+    elif name in GPUS:
+        assert said == ON_GPUS
+    elif name.startswith("MXFP6"):
+        assert said == UNSERVED
+    elif name == "W4AFP8":
+        assert said == "vLLM serves it on Hopper GPUs only"
+    elif "A16" in name:
+        assert said == "vLLM serves 4 and 8 bits only; this loads in transformers"
+    else:
+        assert said.endswith("on GPUs it does with format: pack-quantized in config_groups")
+
+
+def scheme(inputs=None, stored=None, **weights):
+    group = {
+        "weights": {"num_bits": 8, "strategy": "channel", **weights},
+        "input_activations": inputs,
+        "format": stored,
+    }
+    return scheme_from_group(group)
+
+
+TOKEN = {"num_bits": 8, "strategy": "token", "dynamic": True}
+STATIC = {"num_bits": 8, "strategy": "tensor"}
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (scheme(STATIC), None),
+        (scheme({**STATIC, "symmetric": False}, strategy="tensor"), None),
+        (scheme({**TOKEN, "symmetric": False}), None),
+        (scheme(TOKEN, symmetric=False), UNSERVED),
+        (scheme({**STATIC, "dynamic": True}), UNSERVED),
+        (scheme(TOKEN, "pack-quantized", num_bits=4), ON_GPUS),
+        (scheme({**TOKEN, "symmetric": False}, "pack-quantized", num_bits=4), UNSERVED),
+        (scheme(type="float"), None),
+        (scheme(type="float", strategy="group", group_size=64), UNSERVED),
+        (scheme({**TOKEN, "type": "float"}, num_bits=4, strategy="group", group_size=64), UNSERVED),
+        (scheme(strategy="tensor", num_bits=4), "vLLM serves strategy group or channel only; this loads in transform"),
+    ],
+)
+def test_what_vllm_serves_of_groups(found, said):
+    if said is None:
+        assert vllm_limit(found) is None
+    else:
+        assert vllm_limit(found).startswith(said)
+
+
+def test_releases():
+    needs = {name: release_limit(preset(name), []) for name in PRESETS}
+    assert {n for n, text in needs.items() if text and "0.20" in text} == {"MXFP6A16", "MXFP6A8"}
+    odd = {f"W{b}A16{s}" for b in (3, 5, 6, 7) for s in ("", "_ASYM")}
+    assert {n for n, text in needs.items() if text and "0.19" in text} == odd
+
+
+def test_experts():
+    good = {n for n in PRESETS if loads_as_experts(preset(n))}
+    packed = {f"W{b}A16" for b in range(2, 9)} | {"W4AFP8"}
+    assert good == packed | {"FP8", "FP8_DYNAMIC", "MXFP4", "MXFP4A16", "MXFP4XFP8", "MXFP6A16", "MXFP6A8"}
+    assert {n for n in PRESETS if misread_as_experts(preset(n))} == {"NVFP4", "NVFP4A16"}
+    assert loads_as_experts(Scheme(name=None, weights=QuantArgs(type="float", strategy="channel")))
