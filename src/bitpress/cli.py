@@ -157,7 +157,6 @@ def plan(
 ) -> None:
     """Say what `oneshot` with these arguments would do, and every fault, without loading weights."""
     from bitpress import tables
-    from bitpress.budget import parse_bytes
     from bitpress.oneshot import Arguments
     from bitpress.prepare import prepare
 
@@ -167,7 +166,7 @@ def plan(
             dataset_config_name=dataset_config, text_column=text_column, num_calibration_samples=num_samples,
             max_seq_length=max_seq_length, concatenate_data=pack,
             output_dir=output or Path(f"bitpress-plan-{os.getpid()}"),
-            stage=stage, save_compressed=not dense, device=device.value, max_memory=parse_bytes(max_memory),
+            stage=stage, save_compressed=not dense, device=device.value, max_memory=max_memory,
             batch_size=batch_size, seed=seed, verify=verify, resume=resume, fresh=fresh,
             trust_remote_code_model=trust_remote_code, trust_remote_code_data=trust_remote_code,
         )

@@ -143,6 +143,9 @@ def checkpoint_dtype(config: Any, source: Source) -> torch.dtype:
 class FolderSubject(Subject):
     """A model folder, streamed block by block.
 
+    Args:
+        hidden: names on disk of tensors that are no part of the model: scales beside dense weights.
+
     Raises:
         CheckpointError: the folder cannot be read.
         PlanError: not a decoder language model, or a layout on disk that cannot be followed.
@@ -150,7 +153,7 @@ class FolderSubject(Subject):
 
     streamed = True
 
-    def __init__(self, folder: Path, *, trust_remote_code: bool = False) -> None:
+    def __init__(self, folder: Path, *, trust_remote_code: bool = False, hidden: Iterable[str] = ()) -> None:
         from accelerate import init_empty_weights
         from transformers import AutoModelForCausalLM
 
@@ -158,6 +161,8 @@ class FolderSubject(Subject):
         config = read_config(folder, trust_remote_code=trust_remote_code)
         if getattr(config, "is_encoder_decoder", False):
             raise PlanError(f"{config.model_type}: an encoder-decoder; bitpress compresses decoder language models")
+        if hasattr(config, "quantization_config"):  # of an earlier stage; its dense weights are what is loaded
+            del config.quantization_config
         self.source = Source(folder)
         self.dtype = checkpoint_dtype(config, self.source)
         try:
@@ -169,7 +174,7 @@ class FolderSubject(Subject):
             first = str(error).strip().splitlines()[0]
             raise PlanError(f"{config.model_type}: not a decoder language model: {first}") from None
         self.model.eval().requires_grad_(False)
-        self.layout = layout(self.model, self.source.tensors)
+        self.layout = layout(self.model, self.source.tensors.keys() - set(hidden))
         self.blocks = Blocks(self.model)
         self.experts = unfuse(self.model)
         self._check_complete()
