@@ -24,7 +24,17 @@ from bitpress.foldplan import Use, find_smoothing, smoothed_sites
 from bitpress.modifiers.base import LinearModifier, names
 from bitpress.modifiers.quantization import SchemeModifier
 from bitpress.schemes import QuantArgs
-from bitpress.sites import Site, bits_per_weight, brief, disk_module, find_sites, full_every, label, misfits, stored_spec
+from bitpress.sites import (
+    Site,
+    bits_per_weight,
+    brief,
+    disk_module,
+    find_sites,
+    full_every,
+    label,
+    misfits,
+    stored_spec,
+)
 from bitpress.subject import Subject
 
 

@@ -108,16 +108,13 @@ def prepare(args: Arguments) -> Prepared:
         with faults:
             if static:
                 raise PlanError(static)
-        if any(m.needs for m in modifiers) or (recipe is None and args.dataset is not None):
-            with faults:
-                tokenizer = find_tokenizer(args, subject)
+        with faults:
+            tokenizer = find_tokenizer(args, subject)
+            if any(m.needs for m in modifiers) or (recipe is None and args.dataset is not None):
                 if sound and subject is not None and not static:
                     data = _data(args, subject, tokenizer)
                 elif args.dataset is not None:
                     _find_data(args)
-        else:
-            with faults:
-                tokenizer = find_tokenizer(args, subject)
         if subject is not None:
             with faults:
                 check_blocks(subject, trust_remote_code=args.trust_remote_code_model)
