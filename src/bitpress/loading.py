@@ -21,7 +21,12 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def load_model(
-    path: str | os.PathLike[str], dtype: str = "float32", device: str = "auto", *, trust_remote_code: bool = False
+    path: str | os.PathLike[str],
+    dtype: str = "float32",
+    device: str = "auto",
+    *,
+    trust_remote_code: bool = False,
+    trust_pickle: bool = False,
 ) -> nn.Module:
     """A checkpoint as a transformers model in evaluation mode, compressed-tensors decompressed.
 
@@ -33,7 +38,7 @@ def load_model(
         CheckpointError: no finished checkpoint, pickle weights that are not trusted, weights that the
             files lack, or a package that the format needs and that is not installed.
     """
-    model: nn.Module = load_checkpoint(open_checkpoint(path, trust_remote_code), dtype, device, trust_remote_code)
+    model: nn.Module = load_checkpoint(open_checkpoint(path, trust_pickle), dtype, device, trust_remote_code)
     return model
 
 
@@ -47,13 +52,13 @@ def open_checkpoint(path: Any, trust: bool) -> Inspection:
     if not Path(path).exists():
         from bitpress.subject import locate
 
-        path = locate(path)
+        path = locate(path, trust_pickle=trust)
     found = inspect_checkpoint(path)
     if not found.finished:
         raise CheckpointError(f"{path}: {UNFINISHED}")
     if found.method != "gguf" and not found.parameters and not trust:
         raise CheckpointError(
-            f"{path}: pickle weights can run code when read; pass trust_remote_code if you trust them, "
+            f"{path}: pickle weights can run code when read; pass trust_pickle (--trust-pickle) if you trust them, "
             "or convert them to safetensors"
         )
     return found

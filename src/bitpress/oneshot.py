@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from bitpress.errors import ConfigError
 from bitpress.prepare import Prepared, is_path, prepare
-from bitpress.progress import Progress
+from bitpress.progress import Progress, choose_progress
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,6 +51,7 @@ class Arguments:
     fresh: bool = False
     trust_remote_code_model: bool = False
     trust_remote_code_data: bool = False
+    trust_pickle: bool = False
     progress: Progress = field(default_factory=Progress)
 
     @property
@@ -120,7 +121,8 @@ def oneshot(
     fresh: bool = False,
     trust_remote_code_model: bool = False,
     trust_remote_code_data: bool = False,
-    progress: Progress | None = None,
+    trust_pickle: bool = False,
+    progress: Progress | bool | None = None,
 ) -> Any:
     """Compress a model in one shot.
 
@@ -159,7 +161,9 @@ def oneshot(
         resume: fail if there is nothing to go on from. (Going on is automatic where the arguments match.)
         fresh: delete what an earlier run left in `output_dir` and start anew.
         trust_remote_code_model, trust_remote_code_data: run code that the model or the dataset brings.
-        progress: what to say while working; None: nothing.
+        trust_pickle: read pickle weights (pytorch_model.bin) where a model has no others; reading them can run code.
+        progress: what to say while working. None: a live display if stderr is a terminal, else nothing; True: also
+            without a terminal, a line a block; False: nothing; or an object of `bitpress.progress`.
 
     Returns:
         The model that was passed, changed, with a `save_pretrained` that packs; for a folder or hub id with an
@@ -181,7 +185,7 @@ def oneshot(
         device=device, max_memory=max_memory, batch_size=batch_size,
         min_expert_tokens=min_expert_tokens, seed=seed, verify=verify, resume=resume, fresh=fresh,
         trust_remote_code_model=trust_remote_code_model, trust_remote_code_data=trust_remote_code_data,
-        progress=progress or Progress(),
+        trust_pickle=trust_pickle, progress=choose_progress(progress),
     )  # fmt: skip
     return _run(arguments)
 

@@ -131,6 +131,8 @@ def prepare(args: Arguments) -> Prepared:
     notes = list(made.notes)
     if len(plans) > 1:
         notes.append(f"stages {', '.join(s.name for s in recipe.stages)}: one after the other over the whole model")
+    if ran := getattr(getattr(subject, "source", None), "ran", None):
+        notes.append(f"{', '.join(ran)}: more than tensors; read by running what the pickle says, as was trusted")
     if args.dataset is not None and data is None:
         notes.append("dataset: not read, nothing in this recipe needs data")
     made = replace(made, notes=tuple(notes))
@@ -234,20 +236,28 @@ def open_subject(args: Arguments) -> Subject:
         if hasattr(args.model, "bitpress_report"):
             raise PlanError("the model " + remedy.format("by bitpress"))
         return ModuleSubject(args.model)
-    folder = locate(args.model)
+    folder = locate(args.model, trust_pickle=args.trust_pickle)
     if method := is_quantized(folder):
         raise PlanError(f"{args.model} " + remedy.format(method))
     if args.output_dir is not None and args.output_dir.resolve() == folder.resolve():
         raise PlanError(f"{args.output_dir}: is the model's own folder; choose another output folder")
-    return FolderSubject(folder, trust_remote_code=args.trust_remote_code_model)
+    return FolderSubject(folder, trust_remote_code=args.trust_remote_code_model, trust_pickle=args.trust_pickle)
 
 
 def _in_memory(args: Arguments, subject: Subject) -> Subject:
     """The model of a folder whose checks are done, loaded whole."""
     from transformers import AutoModelForCausalLM
 
-    from bitpress.subject import ModuleSubject
+    from bitpress.pickles import PickleSource
+    from bitpress.subject import FolderSubject, ModuleSubject
 
+    assert isinstance(subject, FolderSubject)
+    if isinstance(subject.source, PickleSource):
+        state = subject.source.read(subject.source.tensors)
+        kind: Any = type(subject.model)
+        model = kind.from_pretrained(None, config=subject.config, state_dict=state, dtype=subject.dtype)
+        model.name_or_path = str(subject.folder)
+        return ModuleSubject(model)
     return ModuleSubject(
         AutoModelForCausalLM.from_pretrained(
             subject.folder, dtype="auto", trust_remote_code=args.trust_remote_code_model, local_files_only=True

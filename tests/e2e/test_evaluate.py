@@ -291,7 +291,7 @@ def test_folders_that_cannot_be_loaded(place, tmp_path):
     torch.save(load_file(base / "model.safetensors"), tmp_path / "pickle" / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="pickle weights"):
         load_model(tmp_path / "pickle")
-    assert load_model(tmp_path / "pickle", trust_remote_code=True) is not None
+    assert load_model(tmp_path / "pickle", trust_pickle=True) is not None
 
 
 def test_arguments_and_text_that_make_no_sense(place, tmp_path):
