@@ -61,12 +61,15 @@ def assert_same_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) 
         assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
 
 
-def client(folder: Path, dtype: Any = "auto") -> Any:
-    """A compressed-tensors folder as transformers alone loads it, decompressed."""
+def client(folder: Path, dtype: Any = "auto", *, one_scheme: bool = True) -> Any:
+    """A compressed-tensors folder as transformers alone loads it, decompressed (with several schemes: in a forward)."""
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-    config = CompressedTensorsConfig(dequantize=True)
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype).eval()
+    options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if one_scheme else {}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).eval()
+    if not one_scheme:
+        model.hf_quantizer.compressor.decompress_model(model=model)
+    return model
 
 
 @torch.no_grad()

@@ -38,7 +38,7 @@ class Source:
         folder: a folder with safetensors files.
 
     Raises:
-        CheckpointError: no folder, no safetensors in it (pickle files are not read), a file cut short, or an
+        CheckpointError: no folder, no safetensors in it (pickles: `bitpress.pickles`), a file cut short, or an
             unknown dtype.
     """
 
@@ -100,12 +100,18 @@ def weight_files(folder: Path) -> list[Path]:
             f"{folder}: holds GGUF, which is quantized already. Load it with transformers' gguf_file= (which "
             "dequantizes), save_pretrained it, and compress that folder"
         )
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
+    if is_pickled(folder) or any(folder.glob("*.pt*")):
         raise CheckpointError(
-            f"{folder}: holds pickle weights, which can run code when read. If you trust them, convert them: "
+            f"{folder}: holds pickle weights, which can run code when read. If you trust them, pass trust_pickle=True "
+            "(--trust-pickle), or convert them: "
             f"AutoModelForCausalLM.from_pretrained('{folder}').save_pretrained(NEW_FOLDER)"
         )
     raise CheckpointError(f"{folder}: no safetensors files in it")
+
+
+def is_pickled(folder: Path) -> bool:
+    """Whether a folder has weights as pickles and as nothing else."""
+    return folder.is_dir() and any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors"))
 
 
 def read_header(file: Path) -> tuple[bytes, dict[str, Any]]:

@@ -5,9 +5,11 @@ Exit codes: 0 done; 1 a fault of input or data, told in one message; 2 wrong usa
 
 from __future__ import annotations
 
+import inspect as introspection
 import json
 import os
 import sys
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -61,6 +63,10 @@ BatchSize = Annotated[int | None, typer.Option(help="Sequences per forward. Defa
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Dense = Annotated[bool, typer.Option("--dense", help="Store dense weights beside their scales, not packed.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model or dataset brings.")]
+TrustPickle = Annotated[bool, typer.Option("--trust-pickle", help="Read pickle weights; they can run code.")]
+Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Read back and compare what is written.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Fail if there is nothing to go on from.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Delete what an earlier run left in OUTPUT.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -80,10 +86,8 @@ def common(
     """Compress language models for vLLM and transformers."""
 
 
-@app.command()
-def oneshot(
+def run_arguments(
     model: Model,
-    output: OutputDir,
     scheme: Scheme = None,
     group_size: GroupSize = None,
     method: MethodOption = None,
@@ -101,77 +105,73 @@ def oneshot(
     max_memory: MaxMemory = None,
     batch_size: BatchSize = None,
     seed: Seed = 42,
-    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Read back and compare what is written.")] = True,
-    resume: Annotated[bool, typer.Option("--resume", help="Fail if there is nothing to go on from.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Delete what an earlier run left in OUTPUT.")] = False,
+    verify: Verify = True,
+    resume: Resume = False,
+    fresh: Fresh = False,
     dense: Dense = False,
     trust_remote_code: Trust = False,
+    trust_pickle: TrustPickle = False,
+) -> dict[str, Any]:
+    """The options of a run, for every command that has them, as arguments of `bitpress.oneshot`."""
+    return {
+        "model": model, "dataset": dataset, "recipe": _recipe(scheme, group_size, method, ignore, recipe),
+        "splits": split, "dataset_config_name": dataset_config, "text_column": text_column,
+        "num_calibration_samples": num_samples, "max_seq_length": max_seq_length, "concatenate_data": pack,
+        "stage": stage, "save_compressed": not dense, "device": device.value, "max_memory": max_memory,
+        "batch_size": batch_size, "seed": seed, "verify": verify, "resume": resume, "fresh": fresh,
+        "trust_remote_code_model": trust_remote_code, "trust_remote_code_data": trust_remote_code,
+        "trust_pickle": trust_pickle,
+    }  # fmt: skip
+
+
+def _with_run_arguments(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with the options of `run_arguments` besides its own; it gets what they mean as `arguments`."""
+    own = {n: p for n, p in introspection.signature(command, eval_str=True).parameters.items() if n != "arguments"}
+    shared = introspection.signature(run_arguments, eval_str=True).parameters
+
+    def whole(**given: Any) -> None:
+        mine = {name: given.pop(name) for name in own}
+        command(arguments=run_arguments(**given), **mine)
+
+    parameters = {**shared, **own}
+    whole.__name__, whole.__doc__ = command.__name__, command.__doc__
+    whole.__annotations__ = {name: p.annotation for name, p in parameters.items()}
+    ordered = [p.replace(kind=introspection.Parameter.KEYWORD_ONLY) for p in parameters.values()]
+    whole.__signature__ = introspection.Signature(ordered)  # type: ignore[attr-defined]
+    return whole
+
+
+@app.command()
+@_with_run_arguments
+def oneshot(
+    arguments: dict[str, Any],
+    output: OutputDir,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
     """Compress a model in one shot. Killed and started again with the same arguments, it goes on where it was."""
     from bitpress.oneshot import oneshot as run
 
-    result = run(
-        model, dataset, _recipe(scheme, group_size, method, ignore, recipe),
-        splits=split, dataset_config_name=dataset_config, text_column=text_column,
-        num_calibration_samples=num_samples, max_seq_length=max_seq_length, concatenate_data=pack,
-        output_dir=output, stage=stage, save_compressed=not dense, device=device.value, max_memory=max_memory,
-        batch_size=batch_size, seed=seed, verify=verify, resume=resume, fresh=fresh,
-        trust_remote_code_model=trust_remote_code, trust_remote_code_data=trust_remote_code,
-        progress=_progress(verbose, quiet),
-    )  # fmt: skip
+    result = run(**arguments, output_dir=output, progress=_progress(verbose, quiet))
     if not quiet:
         _summary(result.folder, verbose)
 
 
 @app.command()
+@_with_run_arguments
 def plan(
-    model: Model,
+    arguments: dict[str, Any],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Where it would go (checks the disk).")] = None,
-    scheme: Scheme = None,
-    group_size: GroupSize = None,
-    method: MethodOption = None,
-    ignore: Ignore = None,
-    recipe: RecipeFile = None,
-    stage: StageName = None,
-    dataset: Dataset = None,
-    dataset_config: DatasetConfig = None,
-    split: Split = None,
-    text_column: TextColumn = "text",
-    num_samples: NumSamples = 512,
-    max_seq_length: MaxSeqLength = 2048,
-    pack: Pack = True,
-    device: DeviceOption = Device.auto,
-    max_memory: MaxMemory = None,
-    batch_size: BatchSize = None,
-    seed: Seed = 42,
-    verify: Annotated[bool, typer.Option("--verify/--no-verify", hidden=True)] = True,
-    resume: Annotated[bool, typer.Option("--resume", hidden=True)] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", hidden=True)] = False,
-    dense: Dense = False,
-    trust_remote_code: Trust = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Say what `oneshot` with these arguments would do, and every fault, without loading weights."""
     from bitpress import tables
-    from bitpress.budget import parse_bytes
     from bitpress.oneshot import Arguments
     from bitpress.prepare import prepare
 
-    ready = prepare(
-        Arguments(
-            model=model, dataset=dataset, recipe=_recipe(scheme, group_size, method, ignore, recipe), splits=split,
-            dataset_config_name=dataset_config, text_column=text_column, num_calibration_samples=num_samples,
-            max_seq_length=max_seq_length, concatenate_data=pack,
-            output_dir=output or Path(f"bitpress-plan-{os.getpid()}"),
-            stage=stage, save_compressed=not dense, device=device.value, max_memory=parse_bytes(max_memory),
-            batch_size=batch_size, seed=seed, verify=verify, resume=resume, fresh=fresh,
-            trust_remote_code_model=trust_remote_code, trust_remote_code_data=trust_remote_code,
-        )
-    )  # fmt: skip
+    ready = prepare(Arguments(**arguments, output_dir=output or Path(f"bitpress-plan-{os.getpid()}")))
     if as_json:
         _print_json({**ready.plan.to_dict(), "data": ready.data.summary if ready.data else None})
     elif not quiet:
@@ -191,6 +191,7 @@ def evaluate(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
     device: DeviceOption = Device.auto,
     trust_remote_code: Trust = False,
+    trust_pickle: TrustPickle = False,
     as_json: Json = False,
 ) -> None:
     """Compare a checkpoint with its base: perplexity, token KL, top-1 agreement, size, tokens per second."""
@@ -199,7 +200,7 @@ def evaluate(
 
     result = run(
         base, checkpoint, text=text, windows=windows, length=length, dtype=dtype, device=device.value,
-        trust_remote_code=trust_remote_code, on_window=_window,
+        trust_remote_code=trust_remote_code, trust_pickle=trust_pickle, on_window=_window,
     )  # fmt: skip
     if as_json:
         _print_json(result.to_dict())

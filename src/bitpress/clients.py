@@ -1,6 +1,6 @@
 """What the clients of a checkpoint cannot do with it, said when the scheme is chosen.
 
-Read in vLLM 0.32, transformers 5.17 to 5.19 and compressed-tensors 0.17, 0.19 and 0.20.
+Read in vLLM 0.32, transformers 5.17 to 5.24 and compressed-tensors 0.17, 0.19 and 0.20.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def client_notes(subject: Subject, sites: Sequence[Site], caches: Sequence[Quant
     for cache in dict.fromkeys(caches):
         limits = (_cache_limit(cache), _cache_in_transformers(subject, sites))
         notes += [f"kv_cache_scheme: {text}" for text in limits if text]
+    notes += _newer_transformers([s.scheme for s in sites if s.scheme is not None])
     odd = {
         type(m).__name__
         for s in sites
@@ -55,6 +56,17 @@ def client_notes(subject: Subject, sites: Sequence[Site], caches: Sequence[Quant
             f"{', '.join(sorted(odd))}: transformers decompresses plain Linears only; use bitpress.transformers"
         )
     return notes + _split_partners(subject, sites)
+
+
+def _newer_transformers(schemes: Sequence[Scheme]) -> list[str]:
+    """What 5.23 and later lost: several schemes with dequantize=True, packed zero points without it."""
+    several = len({str(s) for s in schemes}) > 1
+    zeros = any(s.format == "pack-quantized" and not s.weights.symmetric for s in schemes)
+    if not several and not zeros:
+        return []
+    what = " with ".join(["several schemes"] * several + ["zero points"] * zeros)
+    how = "not at all; use bitpress.transformers" if several and zeros else f"with dequantize={zeros} only"
+    return [f"{what}: transformers 5.23 and later load this {how}"]
 
 
 def vllm_limit(scheme: Scheme) -> str | None:

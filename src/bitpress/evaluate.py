@@ -89,6 +89,7 @@ def evaluate(
     dtype: str = "float32",
     tokenizer: Any = None,
     trust_remote_code: bool = False,
+    trust_pickle: bool = False,
     on_window: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Perplexity of both models, their KL divergence and top-1 agreement, size and forward speed.
@@ -101,7 +102,8 @@ def evaluate(
         device: "auto" is a GPU if there is one.
         dtype: "float32", "bfloat16", "float16", or "auto" for the one that each checkpoint is stored in.
         tokenizer: a tokenizer or a folder of one, for both models; None is the base's.
-        trust_remote_code: run model code that comes with the folders, and read pickle weights.
+        trust_remote_code: run model code that comes with the folders.
+        trust_pickle: read pickle weights, which can run code.
         on_window: called before each window with its number, from 0, and their total.
 
     Raises:
@@ -115,7 +117,7 @@ def evaluate(
     if windows < 1 or length < 2:
         raise ConfigError(f"windows {windows}, length {length}: need at least 1 window of 2 tokens")
     words, label = _read_text(text)
-    found = [None if _in_memory(m) else open_checkpoint(m, trust_remote_code) for m in (base, checkpoint)]
+    found = [None if _in_memory(m) else open_checkpoint(m, trust_pickle) for m in (base, checkpoint)]
     tokens, same = tokenizers_of(tokenizer, found, trust_remote_code)
     ids = _token_ids(tokens, words, label)
     loading: list[str] = []
@@ -161,6 +163,7 @@ def generate(
     dtype: str = "float32",
     device: str = "auto",
     trust_remote_code: bool = False,
+    trust_pickle: bool = False,
 ) -> str:
     """The greedy answer to a prompt, which goes through the chat template if there is one.
 
@@ -178,7 +181,7 @@ def generate(
         raise ConfigError(f"max_new_tokens: must be positive, got {max_new_tokens}")
     if not prompt:
         raise DataError("the prompt is empty; give a few words to go on from")
-    at = None if _in_memory(model) else open_checkpoint(model, trust_remote_code)
+    at = None if _in_memory(model) else open_checkpoint(model, trust_pickle)
     tokens, _ = tokenizers_of(tokenizer, [at, at], trust_remote_code)
     loaded: Any = model if at is None else load_checkpoint(at, dtype, device, trust_remote_code)
     if getattr(tokens, "chat_template", None):

@@ -33,7 +33,7 @@ class Journal:
         folder: the work folder; made if need be.
         run: what identifies the run: recipe, model, data, arguments, versions. Plain data.
         numerics: what must stay the same for identical bits: batch size, threads, device and the like. Of these the
-            recorded values are taken on resume.
+            recorded values are taken on resume. None: not known yet, another stage goes first.
 
     Attributes:
         numerics: the given ones on a new run, the recorded ones on resume.
@@ -43,10 +43,10 @@ class Journal:
         PlanError: the folder holds another run.
     """
 
-    def __init__(self, folder: Path, run: dict[str, Any], numerics: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, run: dict[str, Any], numerics: dict[str, Any] | None) -> None:
         self.folder = folder
         self.file = folder / JOURNAL
-        self.numerics = numerics
+        self.numerics: dict[str, Any] = numerics or {}
         self.done: dict[int, dict[str, Any]] = {}
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,8 @@ class Journal:
                 f"{folder.parent}: holds an unfinished run with other {', '.join(different)}: give the same arguments "
                 "to go on, --fresh (fresh=True) to start anew, or another output folder"
             )
-        self.numerics = head["numerics"]
+        head["numerics"] = head["numerics"] or numerics
+        self.numerics = head["numerics"] or {}
         for entry in lines[1:]:
             file = folder / entry["file"]
             if not file.is_file():  # a run killed while it moved shards to their places
@@ -144,6 +145,11 @@ def prepare(output: Path, run: dict[str, Any], *, fresh: bool, resume: bool) -> 
     if resume and not (output / WORK / JOURNAL).is_file():
         raise PlanError(f"{output}: nothing to resume there; leave --resume out to start")
     return False
+
+
+def finished(output: Path, run: dict[str, Any]) -> bool:
+    """Whether a folder holds this very run, finished."""
+    return (output / "config.json").is_file() and _run_of(output / "report.json") == json.loads(json.dumps(run))
 
 
 def check(output: Path) -> None:

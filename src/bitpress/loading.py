@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitpress.errors import CheckpointError, ConfigError, did_you_mean
-from bitpress.inspection import UNFINISHED, Inspection, inspect_checkpoint
+from bitpress.inspection import UNFINISHED, Inspection, inspect_checkpoint, read_config
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,7 +21,12 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def load_model(
-    path: str | os.PathLike[str], dtype: str = "float32", device: str = "auto", *, trust_remote_code: bool = False
+    path: str | os.PathLike[str],
+    dtype: str = "float32",
+    device: str = "auto",
+    *,
+    trust_remote_code: bool = False,
+    trust_pickle: bool = False,
 ) -> nn.Module:
     """A checkpoint as a transformers model in evaluation mode, compressed-tensors decompressed.
 
@@ -33,7 +38,7 @@ def load_model(
         CheckpointError: no finished checkpoint, pickle weights that are not trusted, weights that the
             files lack, or a package that the format needs and that is not installed.
     """
-    model: nn.Module = load_checkpoint(open_checkpoint(path, trust_remote_code), dtype, device, trust_remote_code)
+    model: nn.Module = load_checkpoint(open_checkpoint(path, trust_pickle), dtype, device, trust_remote_code)
     return model
 
 
@@ -47,13 +52,13 @@ def open_checkpoint(path: Any, trust: bool) -> Inspection:
     if not Path(path).exists():
         from bitpress.subject import locate
 
-        path = locate(path)
+        path = locate(path, trust_pickle=trust)
     found = inspect_checkpoint(path)
     if not found.finished:
         raise CheckpointError(f"{path}: {UNFINISHED}")
     if found.method != "gguf" and not found.parameters and not trust:
         raise CheckpointError(
-            f"{path}: pickle weights can run code when read; pass trust_remote_code if you trust them, "
+            f"{path}: pickle weights can run code when read; pass trust_pickle (--trust-pickle) if you trust them, "
             "or convert them to safetensors"
         )
     return found
@@ -72,7 +77,7 @@ def load_checkpoint(found: Inspection, dtype: str, device: str, trust: bool, not
         raise ConfigError(f"dtype: {dtype!r} is unknown.{did_you_mean(str(dtype), DTYPES)}")
     on = _device(device)
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
-    if found.method == "compressed-tensors":
+    if found.method == "compressed-tensors" and _is_uniform(found):
         options["quantization_config"] = _decompressing()
     if on.type != "cpu":
         options["device_map"] = {"": on}
@@ -102,6 +107,8 @@ def load_checkpoint(found: Inspection, dtype: str, device: str, trust: bool, not
             "download or write it again"
         )
     if found.method == "compressed-tensors":
+        with _quiet(reports=False):
+            _decompress(model)
         _cast(model, options["dtype"])
     return model.eval()
 
@@ -187,6 +194,24 @@ def _decompressing() -> Any:
 
     known = inspect.signature(CompressedTensorsConfig.__init__).parameters
     return CompressedTensorsConfig(**({"dequantize": True} if "dequantize" in known else {"run_compressed": False}))
+
+
+def _is_uniform(found: Inspection) -> bool:
+    """Whether one scheme of weights says all.
+
+    Only then a request to decompress is followed: since 5.23 transformers decompresses every linear by the first
+    scheme, and leaves out what is said of activations.
+    """
+    groups = (read_config(Path(found.path)).get("quantization_config") or {}).get("config_groups") or {}
+    schemes = [{k: v for k, v in g.items() if k != "targets" and v is not None} for g in groups.values()]
+    return all(s == schemes[0] and not s.get("input_activations") for s in schemes)
+
+
+def _decompress(model: Any) -> None:
+    """Decompress now what transformers left for the first forward."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and quantizer.quantization_config.is_quantization_compressed:
+        quantizer.compressor.decompress_model(model=model)
 
 
 def _place(found: Inspection) -> tuple[str, str | None]:

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bitpress.errors import ConfigError, PlanError
+from bitpress.errors import ConfigError
 from bitpress.prepare import Prepared, is_path, prepare
-from bitpress.progress import Progress
+from bitpress.progress import Progress, choose_progress
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,7 +42,7 @@ class Arguments:
     stage: str | None = None
     save_compressed: bool = True
     device: str = "auto"
-    max_memory: int | None = None
+    max_memory: int | str | None = None
     batch_size: int | None = None
     min_expert_tokens: int = 256
     seed: int = 42
@@ -51,16 +51,27 @@ class Arguments:
     fresh: bool = False
     trust_remote_code_model: bool = False
     trust_remote_code_data: bool = False
+    trust_pickle: bool = False
     progress: Progress = field(default_factory=Progress)
 
-    def __post_init__(self) -> None:
+    @property
+    def limit(self) -> int | None:
+        """`max_memory` in bytes."""
+        from bitpress.budget import parse_bytes
+
+        return parse_bytes(self.max_memory)
+
+    def check(self) -> None:
+        """ConfigError with all that is wrong with the values in themselves."""
         faults = [
             f"{name}: must be at least 1, got {getattr(self, name)!r}"
             for name in ("num_calibration_samples", "max_seq_length", "batch_size", "min_expert_tokens")
             if getattr(self, name) is not None and not _positive(getattr(self, name), name == "min_expert_tokens")
         ]
-        if self.recipe is None:
-            faults.append("recipe: missing; give a path, YAML, a dict or a modifier")
+        try:
+            _ = self.limit
+        except ConfigError as error:
+            faults += error.problems
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 1 << 63:
             faults.append(f"seed: expected a whole number from 0 to 2^63 - 1, got {self.seed!r}")
         if self.stage is not None and not isinstance(self.stage, str):
@@ -110,7 +121,8 @@ def oneshot(
     fresh: bool = False,
     trust_remote_code_model: bool = False,
     trust_remote_code_data: bool = False,
-    progress: Progress | None = None,
+    trust_pickle: bool = False,
+    progress: Progress | bool | None = None,
 ) -> Any:
     """Compress a model in one shot.
 
@@ -149,7 +161,9 @@ def oneshot(
         resume: fail if there is nothing to go on from. (Going on is automatic where the arguments match.)
         fresh: delete what an earlier run left in `output_dir` and start anew.
         trust_remote_code_model, trust_remote_code_data: run code that the model or the dataset brings.
-        progress: what to say while working; None: nothing.
+        trust_pickle: read pickle weights (pytorch_model.bin) where a model has no others; reading them can run code.
+        progress: what to say while working. None: a live display if stderr is a terminal, else nothing; True: also
+            without a terminal, a line a block; False: nothing; or an object of `bitpress.progress`.
 
     Returns:
         The model that was passed, changed, with a `save_pretrained` that packs; for a folder or hub id with an
@@ -159,8 +173,6 @@ def oneshot(
         RecipeError, ConfigError, PlanError, DataError, CheckpointError: user errors, before weights are loaded.
         NumericsError: NaN or infinity, or a Gram matrix that is not positive definite.
     """
-    from bitpress.budget import parse_bytes
-
     arguments = Arguments(
         model=model, dataset=dataset, recipe=recipe, tokenizer=tokenizer if tokenizer is not None else processor,
         splits=splits, dataset_config_name=dataset_config_name, dataset_path=dataset_path, text_column=text_column,
@@ -170,71 +182,48 @@ def oneshot(
         preprocessing_num_workers=preprocessing_num_workers, streaming=streaming,
         output_dir=None if output_dir is None else Path(output_dir).expanduser(), stage=stage,
         save_compressed=save_compressed,
-        device=device, max_memory=parse_bytes(max_memory), batch_size=batch_size,
+        device=device, max_memory=max_memory, batch_size=batch_size,
         min_expert_tokens=min_expert_tokens, seed=seed, verify=verify, resume=resume, fresh=fresh,
         trust_remote_code_model=trust_remote_code_model, trust_remote_code_data=trust_remote_code_data,
-        progress=progress or Progress(),
+        trust_pickle=trust_pickle, progress=choose_progress(progress),
     )  # fmt: skip
     return _run(arguments)
 
 
 def _run(args: Arguments) -> Any:
-    from bitpress import journal, pipeline
-    from bitpress.output import Output
+    from bitpress import journal
     from bitpress.result import SavedModel, attach
+    from bitpress.stages import run_stages
 
     started = time.perf_counter()
     ready = prepare(args)
-    subject, plan, data = ready.subject, ready.plan, ready.data
     identity = _identity(args, ready)
-    for note in (*plan.notes, *(data.notes if data else ())):
+    for note in (*ready.plan.notes, *(ready.data.notes if ready.data else ())):
         args.progress.note(note)
     try:
-        output = None
-        numerics = _numerics(ready)
-        if ready.output is not None:
-            if journal.prepare(ready.output, identity, fresh=args.fresh, resume=args.resume):
-                args.progress.note(f"{ready.output}: complete already, nothing to do")
-                return SavedModel(ready.output) if subject.streamed else _loaded_into(ready)
-            log = journal.Journal(ready.output / journal.WORK, identity, numerics)
-            if log.done:
-                args.progress.note(f"{len(log.done)} of {len(plan.shards)} shards are finished; going on from there")
-            numerics = _adopt(log.numerics, numerics, ready.output)
-            output = Output(ready.output, log, len(plan.shards), compressed=args.save_compressed, verify=args.verify)
-        batches = list(data.batches(numerics["batch_size"])) if data else []
-        run = pipeline.Run(
-            subject, plan, batches, ready.device, output, args.progress, starved_below=args.min_expert_tokens
-        )
-        args.progress.begin(args.stage or ready.recipe.stages[0].name, len(subject.blocks))
-        complete = False
-        try:
-            with _frozen(numerics):
-                pipeline.execute(run)
-            complete = True
-        finally:
-            args.progress.end(complete)
-            if not complete and not subject.streamed and run.rows:
-                subject.model.bitpress_report = {"run": "failed"}  # type: ignore[assignment]  # some blocks are changed
-        summary = _report(args, ready, run, identity, numerics, time.perf_counter() - started)
-        text = ready.recipe.to_yaml()
-        if output is not None:
-            output.finish(
-                subject, plan, text, summary, None if args.tokenizer is None and subject.folder else ready.tokenizer
-            )
+        if ready.output is not None and journal.prepare(ready.output, identity, fresh=args.fresh, resume=args.resume):
+            args.progress.note(f"{ready.output}: complete already, nothing to do")
+            return SavedModel(ready.output) if ready.subject.streamed else _loaded_into(ready)
+        done = run_stages(args, ready, identity, started)
     finally:
-        subject.close()
-    if subject.streamed:
+        ready.subject.close()
+    if ready.subject.streamed:
         assert ready.output is not None
         return SavedModel(ready.output)
-    return attach(subject.model, plan, run.solved, run.caches, text, summary)
+    return attach(ready.subject.model, ready.plan, done.solved, done.caches, ready.recipe.to_yaml(), done.report)
 
 
 def _loaded_into(ready: Prepared) -> Any:
     """A finished output read back into the module that was passed."""
+    from bitpress.checkpoint import Source
     from bitpress.reading import load_into
     from bitpress.subject import ModuleSubject
 
     assert ready.output is not None and isinstance(ready.subject, ModuleSubject)
+    source, solved = Source(ready.output), {s.key for s in ready.plan.sites}
+    for key, disk in ready.subject.layout.disk_of.items():
+        if key not in solved:  # smoothing changes norms and the like
+            ready.subject.assign({key: source.read([disk])[disk]})
     return load_into(ready.subject, ready.plan, ready.output)
 
 
@@ -250,90 +239,9 @@ def _identity(args: Arguments, ready: Prepared) -> dict[str, Any]:
             "save_compressed": args.save_compressed,
             "min_expert_tokens": args.min_expert_tokens,
             "batch_size": args.batch_size,
-            "max_memory": args.max_memory,
+            "max_memory": args.limit,
             "seed": args.seed,
             "stage": args.stage,
         },
         "versions": versions(),
-    }
-
-
-def _numerics(ready: Prepared) -> dict[str, Any]:
-    """What changes the bits of a result though it is the same run."""
-    import torch
-
-    from bitpress.attention import implementation
-
-    config = ready.subject.config
-    cuda = ready.device.type == "cuda"
-    name = torch.cuda.get_device_name(ready.device) if cuda else f"cpu {torch.backends.cpu.get_cpu_capability()}"
-    return {
-        "batch_size": ready.plan.batch_size,
-        "threads": torch.get_num_threads(),
-        "device": name,
-        "dtype": str(ready.subject.dtype),
-        "attention": implementation(config, ready.device, ready.subject.dtype),
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
-    }
-
-
-def _adopt(recorded: dict[str, Any], now: dict[str, Any], output: Path) -> dict[str, Any]:
-    """The recorded numerics, where this process can reproduce them."""
-    fixed = ("device", "dtype", "attention", "float32_matmul_precision")
-    if different := [f"{k} was {recorded[k]}, is {now[k]}" for k in fixed if recorded[k] != now[k]]:
-        raise PlanError(f"{output}: cannot go on with the same bits: {'; '.join(different)}. Start anew with --fresh")
-    return recorded
-
-
-class _frozen:  # noqa: N801  a context manager
-    """Runs with the recorded number of threads."""
-
-    def __init__(self, numerics: dict[str, Any]) -> None:
-        self.threads = numerics["threads"]
-
-    def __enter__(self) -> None:
-        import torch
-
-        self.before = torch.get_num_threads()
-        torch.set_num_threads(self.threads)
-
-    def __exit__(self, *exc: object) -> None:
-        import torch
-
-        torch.set_num_threads(self.before)
-
-
-def _report(
-    args: Arguments,
-    ready: Prepared,
-    run: Any,
-    identity: dict[str, Any],
-    numerics: dict[str, Any],
-    seconds: float,
-) -> dict[str, Any]:
-    import resource
-
-    import torch
-
-    from bitpress import report
-
-    sizes = {s.name: s.rows * s.columns for s in ready.plan.sites}
-    cuda = ready.device.type == "cuda"
-    return {
-        "layers": run.rows,
-        "totals": {
-            **report.totals(run.rows, sizes),
-            "output_bytes": ready.plan.output_bytes,
-            "seconds": round(seconds, 2),
-            "seconds_by_phase": {k: round(v, 2) for k, v in run.seconds.items()},
-            "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            "peak_device_bytes": torch.cuda.max_memory_allocated(ready.device) if cuda else 0,
-        },
-        "ignored": list(ready.plan.ignored),
-        "notes": list(ready.plan.notes) + (list(ready.data.notes) if ready.data else []),
-        "data": dict(ready.data.summary) if ready.data else None,
-        "seed": args.seed,
-        "numerics": numerics,
-        "versions": report.versions(),
-        "run": identity,
     }

@@ -41,6 +41,7 @@ class Run:
 
     Attributes:
         batches: token ids (B, L), in order.
+        inherited: gives a linear that an earlier stage has quantized, for the shard that it is written to.
         output: where shards go; None for a model in memory that is not saved.
         rows: reports of the layers, as plain data.
         solved: for a model in memory: every solved linear without its codes and weight.
@@ -55,6 +56,7 @@ class Run:
     output: Output | None
     progress: Progress
     starved_below: int = STARVED
+    inherited: Callable[[Site], Solved] | None = None
 
     def __post_init__(self) -> None:
         self.full: FullStream | None = None  # of the uncompressed model, where a modifier compares with it
@@ -114,7 +116,7 @@ def _block(run: Run, index: int, states: HiddenStates, *, collects: bool, feeds:
             subject.load(prefix, run.device)
             _advance(run, index, run.full, states)
         read = [(s, run.output.read(index, s)) for s in sites]
-        kept = run.output.read_others(index, subject, prefix, sites)
+        kept = run.output.read_others(index, subject, prefix, [*sites, *run.plan.inherited])
         subject.load(prefix, run.device, {**kept, **{s.key: solved.dense() for s, solved in read}})
         run.solved += _kept(run, read)
         if not subject.streamed:
@@ -160,7 +162,7 @@ def _outside(run: Run, states: HiddenStates) -> None:
         run.rows += entry["rows"]
         if not run.subject.streamed:
             read = [(s, run.output.read(total, s)) for s in sites]
-            kept = run.output.read_others(total, run.subject, None, sites)
+            kept = run.output.read_others(total, run.subject, None, [*sites, *run.plan.inherited])
             run.subject.load(None, run.device, {**kept, **{s.key: solved.dense() for s, solved in read}})
             run.solved += _kept(run, read)
         return
@@ -203,6 +205,8 @@ def _store(
     if run.output is not None:
         run.progress.at(shard, "writing", 0.7)
         keys = run.subject.keys(prefix)
+        earlier = [s for s in run.plan.inherited if s.key in keys]
+        solved += [(s, run.inherited(s)) for s in earlier if run.inherited is not None]
         run.output.write(shard, run.subject, keys, solved, rows, last=prefix is None, beside=scales, changed=changed)
 
 

@@ -6,7 +6,7 @@ Nothing is loaded here but the configuration and the headers of the weight files
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,17 @@ from bitpress.foldplan import Use, find_smoothing, smoothed_sites
 from bitpress.modifiers.base import LinearModifier, names
 from bitpress.modifiers.quantization import SchemeModifier
 from bitpress.schemes import QuantArgs
-from bitpress.sites import Site, bits_per_weight, disk_module, find_sites, full_every, label, misfits, stored_spec
+from bitpress.sites import (
+    Site,
+    bits_per_weight,
+    brief,
+    disk_module,
+    find_sites,
+    full_every,
+    label,
+    misfits,
+    stored_spec,
+)
 from bitpress.subject import Subject
 
 
@@ -45,6 +55,7 @@ class Plan:
         caches: caches of keys and values that get scales.
         cache_scheme: how caches are quantized, None if they are not.
         smoothing: of each block, the folds that are scaled before its linears are compressed.
+        inherited: linears that earlier stages have quantized.
     """
 
     sites: tuple[Site, ...]
@@ -60,10 +71,12 @@ class Plan:
     caches: tuple[CacheSite, ...] = ()
     cache_scheme: QuantArgs | None = None
     smoothing: tuple[tuple[Use, ...], ...] = ()
+    inherited: tuple[Site, ...] = ()
 
     @property
     def quantized(self) -> tuple[Site, ...]:
-        return tuple(s for s in self.sites if s.group is not None)
+        """All linears that are quantized in the output."""
+        return (*self.inherited, *(s for s in self.sites if s.group is not None))
 
     @property
     def full_every(self) -> int:
@@ -136,8 +149,9 @@ def make(
     output: Path | None = None,
     compressed: bool = True,
     trust_remote_code: bool = False,
+    inherited: Sequence[Site] = (),
 ) -> Plan:
-    """Hold the modifiers against the model.
+    """Hold the modifiers of a stage against the model.
 
     Args:
         samples, length: calibration sequences and tokens in each.
@@ -146,10 +160,13 @@ def make(
         output: the folder that will be written, for the check of free space.
         compressed: pack the weights; else dense weights beside their scales.
         trust_remote_code: run code that the model brings, for a tiny copy of it.
+        inherited: linears that earlier stages have quantized.
 
     Raises:
-        PlanError: all faults of the run.
+        PlanError: all faults of the stage.
     """
+    if transposed := _transposed(subject):
+        raise PlanError(transposed)
     faults = [f"{type(m).__name__}: cannot run in a one-shot stage" for m in modifiers if m.run_type != "oneshot"]
     compressing = [m for m in modifiers if isinstance(m, LinearModifier)]
     sites, more, notes = find_sites(compressing, subject)
@@ -163,24 +180,69 @@ def make(
     smoothing = find_smoothing(modifiers, subject, sites, trust_remote_code=trust_remote_code)
     sites = smoothed_sites(sites, smoothing, subject)
     faults += smoothing.faults
+    rescaled = {m for uses in smoothing.uses for u in uses for m in (u.fold.producer, *u.fold.consumers)}
+    faults += _quantized_before({s.module for s in sites} | rescaled, inherited)
     notes += smoothing.notes
     if unknown := subject.layout.unknown:
         notes.append(
             f"{unknown[0]} (and {len(unknown) - 1} more): the model has no place for it; carried over as it is"
         )
-    ignored = _ignored(subject, {s.module for s in sites if s.group is not None})
+    ignored = _ignored(subject, {s.module for s in (*inherited, *sites) if s.group is not None})
+    memory: dict[str, Any] = {}
+    try:
+        memory = budget(subject, sites, samples, length, device, max_memory, batch_size, runs=bool(caches))
+    except PlanError as error:
+        faults += error.problems
     if faults:
         raise PlanError(faults)
-    shards = _shards(subject, sites, caches, compressed)
+    shards = _shards(subject, (*inherited, *sites), caches, compressed)
     output_bytes = sum(file_size(s) for s in shards if s)
-    memory = budget(subject, sites, samples, length, device, max_memory, batch_size, runs=bool(caches))
     if output is not None and (fault := space_fault(output, output_bytes)):
         raise PlanError(fault)
-    scheme = next(iter(cache_schemes), None)
     return Plan(
         tuple(sites), ignored, tuple(notes), shards, output_bytes, **memory,
-        caches=tuple(caches), cache_scheme=scheme, smoothing=tuple(smoothing.uses),
+        caches=tuple(caches), cache_scheme=next(iter(cache_schemes), None), smoothing=tuple(smoothing.uses),
+        inherited=tuple(inherited),
     )  # fmt: skip
+
+
+def whole(plans: Sequence[Plan]) -> Plan:
+    """The plans of a run's stages as one: a linear has the steps of all stages, peaks are those of the largest.
+
+    It describes the run; each stage runs by its own plan.
+    """
+    if len(plans) == 1:
+        return plans[0]
+    sites: dict[str, Site] = {}
+    for site in (s for p in plans for s in p.sites):
+        before = sites.get(site.name)
+        sites[site.name] = site if before is None else replace(before, steps=before.steps + site.steps)
+    last = len(plans[-1].shards)
+    return replace(
+        plans[-1],
+        sites=tuple(sorted(sites.values(), key=lambda s: last if s.block is None else s.block)),
+        notes=tuple(dict.fromkeys(n for p in plans for n in p.notes)),
+        host_bytes=max(p.host_bytes for p in plans),
+        device_bytes=max(p.device_bytes for p in plans),
+        inherited=(),
+    )
+
+
+def _transposed(subject: Subject) -> str | None:
+    """What is wrong with a model whose projections are Conv1D, as GPT-2's: no client of the formats takes them."""
+    found = [n for n, m in subject.model.named_modules() if type(m).__name__ == "Conv1D"]
+    if not found:
+        return None
+    return (
+        f"{found[0]} and {len(found) - 1} more: Conv1D, which stores a linear's weight transposed; transformers and "
+        "vLLM cannot load these quantized. Choose a model whose projections are Linear"
+    )
+
+
+def _quantized_before(changed: set[str], inherited: Sequence[Site]) -> list[str]:
+    """Linears that this stage would change though an earlier one has quantized them."""
+    done = [s.name for s in inherited if s.module in changed]
+    return brief([f"{name}: quantized in an earlier stage; add it to ignore in this one" for name in done])
 
 
 def _unknown_experts(subject: Subject, modifiers: Sequence[LinearModifier]) -> list[str]:

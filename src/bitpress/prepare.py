@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitpress.errors import BitpressError, ConfigError, DataError, PlanError, RecipeError
-from bitpress.recipe import Recipe, Stage
+from bitpress.recipe import Recipe
 
 if TYPE_CHECKING:
     import torch
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from bitpress.data import CalibrationData
     from bitpress.oneshot import Arguments
     from bitpress.plan import Plan
+    from bitpress.sites import Site
     from bitpress.subject import Subject
 
 
@@ -26,11 +28,16 @@ def is_path(model: Any) -> bool:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything known before a weight is loaded."""
+    """Everything known before a weight is loaded.
+
+    Attributes:
+        plans: one a stage.
+        plan: the whole run.
+    """
 
     recipe: Recipe
-    modifiers: tuple[Any, ...]
     subject: Subject
+    plans: tuple[Plan, ...]
     plan: Plan
     data: CalibrationData | None
     device: torch.device
@@ -38,61 +45,154 @@ class Prepared:
     output: Path | None
 
 
+class _Faults:
+    """Collects user errors, each `with` block one; the rest of the checks goes on."""
+
+    def __init__(self) -> None:
+        self.errors: list[BitpressError] = []
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if isinstance(error, BitpressError):
+            self.errors.append(error)
+            return True
+        return False
+
+    def report(self) -> None:
+        """Raise what was collected as one error: of their own type if all are of one, else a PlanError."""
+        if len(self.errors) == 1:
+            raise self.errors[0]
+        if self.errors:
+            kinds = {type(e) for e in self.errors}
+            kind = kinds.pop() if len(kinds) == 1 else PlanError
+            raise kind([p for e in self.errors for p in e.problems])
+
+
 def prepare(args: Arguments) -> Prepared:
-    """Read recipe, model and data, and hold them against each other; raises every user error."""
+    """Read recipe, model and data, and hold them against each other; raises every user error, all together."""
     from bitpress import journal, plan, ranks
     from bitpress.verified import check_blocks
 
     ranks.check()
-    recipe = Recipe.load(args.recipe)
-    chosen = recipe if args.stage is None else Recipe((recipe.stage(args.stage),))
-    modifiers = tuple(m for s in _oneshot_stages(chosen) for m in s.modifiers)
-    device = pick_device(args.device)
-    subject = open_subject(args)
-    output = args.output_dir
-    if output is not None and args.stage is not None:
-        output = output / chosen.stages[0].name
-    faults: list[BitpressError] = []
-    made: Plan | None = None
+    faults = _Faults()
+    recipe: Recipe | None = None
+    device: torch.device | None = None
+    subject: Subject | None = None
+    plans: list[Plan] = []
     data: CalibrationData | None = None
-    tokenizer = args.tokenizer
-    needs_data = any(m.needs for m in modifiers)
+    tokenizer: Any = None
+    output = args.output_dir
+    with faults:
+        args.check()
+    sound = not faults.errors
+    with faults:
+        recipe = _chosen(args)
+        if output is not None and args.stage is not None:
+            output = output / recipe.stages[0].name
+    with faults:
+        device = pick_device(args.device)
+    with faults:
+        subject = open_subject(args)
     try:
-        try:
+        with faults:
             if output is not None:
                 journal.check(output)
+        if sound and recipe is not None and subject is not None:
+            with faults:
+                # a device that is not there is told already; what fits can be checked on any
+                plans = make_plans(args, recipe, subject, device or pick_device("cpu"), output)
+        modifiers = [] if recipe is None else [m for s in recipe.stages for m in s.modifiers]
+        static = _static_without_data(args, modifiers)
+        with faults:
+            if static:
+                raise PlanError(static)
+        with faults:
+            tokenizer = find_tokenizer(args, subject)
+            if any(m.needs for m in modifiers) or (recipe is None and args.dataset is not None):
+                if sound and subject is not None and not static:
+                    data = _data(args, subject, tokenizer)
+                elif args.dataset is not None:
+                    _find_data(args)
+        if subject is not None:
+            with faults:
+                check_blocks(subject, trust_remote_code=args.trust_remote_code_model)
+        faults.report()
+        assert recipe is not None and device is not None and subject is not None
+        if is_path(args.model) and args.output_dir is None:
+            subject = _in_memory(args, subject)
+            plans = make_plans(args, recipe, subject, device, output)
+    except BaseException:
+        if subject is not None:
+            subject.close()
+        raise
+    made = plan.whole(plans)
+    notes = list(made.notes)
+    if len(plans) > 1:
+        notes.append(f"stages {', '.join(s.name for s in recipe.stages)}: one after the other over the whole model")
+    if ran := getattr(getattr(subject, "source", None), "ran", None):
+        notes.append(f"{', '.join(ran)}: more than tensors; read by running what the pickle says, as was trusted")
+    if args.dataset is not None and data is None:
+        notes.append("dataset: not read, nothing in this recipe needs data")
+    made = replace(made, notes=tuple(notes))
+    return Prepared(recipe, subject, tuple(plans), made, data, device, tokenizer, output)
+
+
+def make_plans(
+    args: Arguments, recipe: Recipe, subject: Subject, device: torch.device, output: Path | None
+) -> list[Plan]:
+    """The plan of every stage, each knowing what the earlier ones have quantized; PlanError with all faults."""
+    from bitpress import plan
+    from bitpress.budget import space_fault
+
+    several = len(recipe.stages) > 1
+    plans: list[Plan] = []
+    faults: list[str] = []
+    inherited: list[Site] = []
+    for stage in recipe.stages:
+        last = stage is recipe.stages[-1]
+        try:
             made = plan.make(
-                modifiers, subject, samples=args.num_calibration_samples, length=args.max_seq_length, device=device,
-                max_memory=args.max_memory, batch_size=args.batch_size, output=output, compressed=args.save_compressed,
+                stage.modifiers, subject, samples=args.num_calibration_samples, length=args.max_seq_length,
+                device=device, max_memory=args.limit, batch_size=args.batch_size, output=None if several else output,
+                compressed=args.save_compressed and last, inherited=inherited,
                 trust_remote_code=args.trust_remote_code_model,
             )  # fmt: skip
         except PlanError as error:
-            faults.append(error)
-        if static := _static_without_data(args, modifiers):
-            faults.append(PlanError(static))
-        try:
-            tokenizer = find_tokenizer(args, subject)
-            data = _data(args, subject, tokenizer) if needs_data and not static else None
-        except (DataError, ConfigError) as error:
-            faults.append(error)
-        if len(faults) == 1:
-            raise faults[0]
-        if faults:
-            raise PlanError([p for error in faults for p in error.problems])
-        check_blocks(subject, trust_remote_code=args.trust_remote_code_model)
-    except BaseException:
-        subject.close()
-        raise
-    assert made is not None
-    notes = list(made.notes)
-    if len(chosen.stages) > 1:
-        notes.append(f"stages {', '.join(s.name for s in chosen.stages)}: run as one pass over the model")
-    if args.dataset is not None and data is None:
-        notes.append("dataset: not read, nothing in this recipe needs data")
-    return Prepared(chosen, modifiers, subject, replace(made, notes=tuple(notes)), data, device, tokenizer, output)
+            faults += [f"{stage.name}: {p}" if several else p for p in error.problems]
+            continue
+        if made.caches and not last:
+            faults.append(
+                f"{stage.name}: kv_cache_scheme: what goes into caches changes later; give it in the last stage"
+            )
+        plans.append(made)
+        inherited += [s for s in made.sites if s.group is not None]
+    if several and plans and output is not None:
+        # a stage's input lies beside its output
+        sizes = [p.output_bytes for p in plans]
+        needed = max(a + b for a, b in zip([0, *sizes], [*sizes, 0], strict=True))
+        if fault := space_fault(output, needed):
+            faults.append(fault)
+    if faults:
+        raise PlanError(list(dict.fromkeys(faults)))
+    return plans
 
 
-def _static_without_data(args: Arguments, modifiers: tuple[Any, ...]) -> list[str]:
+def _chosen(args: Arguments) -> Recipe:
+    """The stages that run."""
+    if args.recipe is None:
+        raise ConfigError("recipe: missing; give a path, YAML, a dict or a modifier")
+    recipe = Recipe.load(args.recipe)
+    chosen = recipe if not isinstance(args.stage, str) else Recipe((recipe.stage(args.stage),))
+    if training := [s.name for s in chosen.stages if s.run_type == "train"]:
+        raise RecipeError(
+            [f"{name}: a training stage, which oneshot does not run; choose another stage" for name in training]
+        )
+    return chosen
+
+
+def _static_without_data(args: Arguments, modifiers: Sequence[Any]) -> list[str]:
     """Scales that stay fixed at inference must come from data like what they will see: the built-in text is none."""
     if args.dataset is not None or args.dataset_path is not None:
         return []
@@ -104,14 +204,6 @@ def _static_without_data(args: Arguments, modifiers: tuple[Any, ...]) -> list[st
         for need, text in kinds.items()
         if need in m.needs
     ]
-
-
-def _oneshot_stages(recipe: Recipe) -> tuple[Stage, ...]:
-    if training := [s.name for s in recipe.stages if s.run_type == "train"]:
-        raise RecipeError(
-            [f"{name}: a training stage, which oneshot does not run; choose another stage" for name in training]
-        )
-    return recipe.stages
 
 
 def pick_device(name: str) -> torch.device:
@@ -145,21 +237,48 @@ def open_subject(args: Arguments) -> Subject:
         if report is not None and (report.get("run") == "failed" or getattr(args.model, "bitpress_quantized", True)):
             raise PlanError("the model " + remedy.format("by bitpress"))
         return ModuleSubject(args.model)
-    folder = locate(args.model)
+    folder = locate(args.model, trust_pickle=args.trust_pickle)
     if method := is_quantized(folder):
         raise PlanError(f"{args.model} " + remedy.format(method))
-    if args.output_dir is not None:
-        if args.output_dir.resolve() == folder.resolve():
-            raise PlanError(f"{args.output_dir}: is the model's own folder; choose another output folder")
-        return FolderSubject(folder, trust_remote_code=args.trust_remote_code_model)
+    if args.output_dir is not None and args.output_dir.resolve() == folder.resolve():
+        raise PlanError(f"{args.output_dir}: is the model's own folder; choose another output folder")
+    return FolderSubject(folder, trust_remote_code=args.trust_remote_code_model, trust_pickle=args.trust_pickle)
+
+
+def _in_memory(args: Arguments, subject: Subject) -> Subject:
+    """The model of a folder whose checks are done, loaded whole."""
     from transformers import AutoModelForCausalLM
 
-    FolderSubject(folder, trust_remote_code=args.trust_remote_code_model)  # its checks come before any weight
+    from bitpress.pickles import PickleSource
+    from bitpress.subject import FolderSubject, ModuleSubject
+
+    assert isinstance(subject, FolderSubject)
+    if isinstance(subject.source, PickleSource):
+        state = subject.source.read(subject.source.tensors)
+        kind: Any = type(subject.model)
+        model = kind.from_pretrained(None, config=subject.config, state_dict=state, dtype=subject.dtype)
+        model.name_or_path = str(subject.folder)
+        return ModuleSubject(model)
     return ModuleSubject(
         AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", trust_remote_code=args.trust_remote_code_model, local_files_only=True
+            subject.folder, dtype="auto", trust_remote_code=args.trust_remote_code_model, local_files_only=True
         )
     )
+
+
+def _find_data(args: Arguments) -> None:
+    """Whether the data is there; it cannot be read yet."""
+    from bitpress.data.sources import Wanted, open_source
+    from bitpress.data.splits import calibration_split
+
+    open_source(
+        args.dataset,
+        Wanted(
+            split=calibration_split(None, args.splits), config=args.dataset_config_name, path=args.dataset_path,
+            streaming=args.streaming, workers=args.preprocessing_num_workers,
+            trust_remote_code=args.trust_remote_code_data,
+        ),
+    )  # fmt: skip
 
 
 def _data(args: Arguments, subject: Subject, tokenizer: Any) -> CalibrationData:
@@ -178,7 +297,7 @@ def _data(args: Arguments, subject: Subject, tokenizer: Any) -> CalibrationData:
     return data
 
 
-def find_tokenizer(args: Arguments, subject: Subject) -> Any:
+def find_tokenizer(args: Arguments, subject: Subject | None) -> Any:
     """The tokenizer that was given, or the model's own; None if there is none (data of token ids needs none)."""
     from transformers import AutoTokenizer
 
@@ -187,7 +306,7 @@ def find_tokenizer(args: Arguments, subject: Subject) -> Any:
         if not callable(given):
             raise ConfigError(f"tokenizer: expected a tokenizer or its folder, got {given!r}")
         return given
-    place = given or subject.folder or getattr(subject.config, "_name_or_path", "")
+    place = given or (subject is not None and (subject.folder or getattr(subject.config, "_name_or_path", "")))
     if not place:
         return None
     try:

@@ -1,9 +1,11 @@
-"""What a run says while it works: nothing, plain lines, or one live display. The command line chooses."""
+"""What a run says while it works: nothing, plain lines, or one live display."""
 
 from __future__ import annotations
 
 import time
 from typing import Any
+
+from bitpress.errors import ConfigError
 
 
 class Progress:
@@ -81,6 +83,26 @@ class Live(Progress):
         if complete:
             self.bars.update(self.task, completed=self.bars.tasks[-1].total, doing="done")
         self.bars.stop()
+
+
+def choose_progress(wanted: Progress | bool | None, *, verbose: bool = False) -> Progress:
+    """The display that is meant: None is live on a terminal and silent elsewhere; True says lines elsewhere.
+
+    Args:
+        verbose: lines, one a phase, also on a terminal.
+    """
+    if isinstance(wanted, Progress):
+        return wanted
+    if wanted not in (True, False, None):
+        raise ConfigError(f"progress: expected True, False, None or a bitpress.progress.Progress, got {wanted!r}")
+    if wanted is False:
+        return Progress()
+    from rich.console import Console
+
+    console = Console(stderr=True, soft_wrap=True)
+    if console.is_terminal and not verbose:
+        return Live(console)
+    return Lines(console, verbose) if wanted else Progress()
 
 
 def place(block: int, total: float | None) -> str:

@@ -63,7 +63,8 @@ def versions() -> dict[str, str]:
 
 
 def totals(rows: list[dict[str, Any]], sizes: dict[str, int]) -> dict[str, Any]:
-    """Sums and means over the rows; `sizes` maps a linear's name to its number of weights."""
+    """Sums and means over the linears, as the last stage left them; `sizes`: number of weights by name."""
+    rows = list({r["name"]: r for r in rows}.values())
     weights = sum(sizes[r["name"]] for r in rows)
     if not weights:
         return {"layers": 0}

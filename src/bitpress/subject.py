@@ -20,6 +20,7 @@ from bitpress.checkpoint import Source
 from bitpress.errors import CheckpointError, PlanError
 from bitpress.experts import UnfusedExperts, refuse, unfuse
 from bitpress.names import Layout, layout, names_on_disk
+from bitpress.pickles import open_weights
 
 
 class Subject:
@@ -104,8 +105,12 @@ def read_config(folder: Path | str, *, trust_remote_code: bool = False) -> Any:
         raise CheckpointError(f"{folder}: config.json cannot be used: {first}{hint}") from None
 
 
-def locate(model: str | os.PathLike[str], *, local_only: bool | None = None) -> Path:
-    """The folder of a model given as a folder or as a hub id (downloaded to the hub's cache)."""
+def locate(model: str | os.PathLike[str], *, trust_pickle: bool = False) -> Path:
+    """The folder of a model given as a folder or as a hub id (downloaded to the hub's cache).
+
+    Args:
+        trust_pickle: download pickle weights too, if the hub has no others.
+    """
     path = Path(model).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -120,7 +125,10 @@ def locate(model: str | os.PathLike[str], *, local_only: bool | None = None) -> 
 
     patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
     try:
-        return Path(snapshot_download(str(model), allow_patterns=patterns))
+        folder = Path(snapshot_download(str(model), allow_patterns=patterns))
+        if trust_pickle and not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(str(model), allow_patterns=[*patterns, "pytorch_model*.bin"]))
+        return folder
     except Exception as error:  # the hub raises many unrelated types; the reason is kept
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{model}: no such folder, and the hub does not give it: {first}") from error
@@ -143,6 +151,10 @@ def checkpoint_dtype(config: Any, source: Source) -> torch.dtype:
 class FolderSubject(Subject):
     """A model folder, streamed block by block.
 
+    Args:
+        trust_pickle: read pickle weights if there are no others.
+        hidden: names on disk of tensors that are no part of the model: scales beside dense weights.
+
     Raises:
         CheckpointError: the folder cannot be read.
         PlanError: not a decoder language model, or a layout on disk that cannot be followed.
@@ -150,7 +162,9 @@ class FolderSubject(Subject):
 
     streamed = True
 
-    def __init__(self, folder: Path, *, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self, folder: Path, *, trust_remote_code: bool = False, trust_pickle: bool = False, hidden: Iterable[str] = ()
+    ) -> None:
         from accelerate import init_empty_weights
         from transformers import AutoModelForCausalLM
 
@@ -158,7 +172,9 @@ class FolderSubject(Subject):
         config = read_config(folder, trust_remote_code=trust_remote_code)
         if getattr(config, "is_encoder_decoder", False):
             raise PlanError(f"{config.model_type}: an encoder-decoder; bitpress compresses decoder language models")
-        self.source = Source(folder)
+        if hasattr(config, "quantization_config"):  # of an earlier stage; its dense weights are what is loaded
+            del config.quantization_config
+        self.source = open_weights(folder, trust_pickle=trust_pickle)
         self.dtype = checkpoint_dtype(config, self.source)
         try:
             with init_empty_weights(include_buffers=False):
@@ -169,7 +185,7 @@ class FolderSubject(Subject):
             first = str(error).strip().splitlines()[0]
             raise PlanError(f"{config.model_type}: not a decoder language model: {first}") from None
         self.model.eval().requires_grad_(False)
-        self.layout = layout(self.model, self.source.tensors)
+        self.layout = layout(self.model, self.source.tensors.keys() - set(hidden))
         self.blocks = Blocks(self.model)
         self.experts = unfuse(self.model)
         self._check_complete()

@@ -10,6 +10,8 @@ import sys
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -22,6 +24,7 @@ from bitpress.evaluate import BUILT_IN, evaluate, generate, load_model
 from bitpress.inspection import inspect_checkpoint
 from bitpress.tables import evaluation_table, inspection_table, report_table
 from conftest import VOCAB, build, save
+from helpers import logits
 
 WORDS = [f"w{i}" for i in range(VOCAB - 1)]
 
@@ -119,6 +122,10 @@ def test_compressed_tensors_are_decompressed(place, rows, tmp_path):
     assert all(len(row.unique()) <= 16 for row in weight.data[:, :16])  # 4 bits in the first group
 
 
+# what transformers has learnt in a release of the range
+LOADS_SINCE = {("falcon", "W4A16")} if Version(transformers.__version__) >= Version("5.23") else set()
+
+
 @pytest.mark.parametrize(
     ("family", "scheme", "own"),
     [("mixtral", "W4A16", False), ("mixtral", "W4A16_ASYM", True), ("falcon", "W4A16", True)],
@@ -134,7 +141,9 @@ def test_what_transformers_cannot_load_is_read_by_bitpress(family, scheme, own, 
         result = evaluate(base, tmp_path / "out", windows=1, length=32, dtype=dtype)
         assert 0 < result.kl < 1
         said = [note for note in result.notes if "bitpress's own loader was used" in note]
-        assert len(said) == own and all(str(tmp_path / "out") in note for note in said)
+        assert len(said) == (own and (family, scheme) not in LOADS_SINCE) and all(
+            str(tmp_path / "out") in note for note in said
+        )
     loaded = load_model(tmp_path / "out")
     for key, weight in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[key].to(weight.dtype), weight), key
@@ -148,7 +157,27 @@ def test_activations_are_not_left_out(tmp_path):
         load_model(tmp_path / "out")
 
 
-def test_what_oneshot_returned_is_evaluated(place, tmp_path, capfd, recwarn, monkeypatch):
+def test_schemes_and_activations_are_those_of_the_checkpoint(tmp_path):
+    """transformers' own dequantize=True reads all by the first scheme and drops activations, since 5.23."""
+    model = build("llama", torch.bfloat16)
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 16}
+    groups = {
+        "attention": {"weights": {**weights, "num_bits": 8}, "targets": ["re:.*self_attn.*"]},
+        "mlp": {"weights": weights, "targets": ["re:.*mlp.*"]},
+    }
+    oneshot(model, None, {"QuantizationModifier": {"config_groups": groups, "ignore": ["lm_head"]}})
+    model.save_pretrained(tmp_path / "mixed")
+    assert torch.equal(logits(load_model(tmp_path / "mixed", "auto")), logits(model))
+
+    model = build("llama", torch.bfloat16)
+    oneshot(model, None, {"QuantizationModifier": {"scheme": "W8A8", "ignore": ["lm_head"]}})
+    model.save_pretrained(tmp_path / "out")
+    loaded = load_model(tmp_path / "out", "auto")
+    assert torch.equal(loaded.model.layers[0].mlp.up_proj.weight, model.model.layers[0].mlp.up_proj.weight)
+    assert not torch.equal(logits(loaded), logits(model))  # bitpress's model in memory keeps activations as they are
+
+
+def test_what_oneshot_returned_is_evaluated(place, tmp_path, capfd, monkeypatch):
     wanted = {"QuantizationModifier": {"scheme": "W4A16", "group_size": 16, "ignore": ["lm_head"]}}
     saved = oneshot(place / "base", None, wanted, output_dir=tmp_path / "out")
     tqdm = pytest.importorskip("tqdm").tqdm
@@ -161,7 +190,7 @@ def test_what_oneshot_returned_is_evaluated(place, tmp_path, capfd, recwarn, mon
     capfd.readouterr()
     kwargs = {"text": place / "text.txt", "windows": 2, "length": 20}
     found = evaluate(place / "base", saved, **kwargs)
-    assert capfd.readouterr().err == "" and not [w for w in recwarn if "You passed" in str(w.message)]
+    assert capfd.readouterr().err == ""
     assert tqdm.__init__ is told
     assert found.kl == evaluate(place / "base", tmp_path / "out", **kwargs).kl > 0
     assert found.bytes < found.base_bytes and saved._model is None
@@ -262,7 +291,7 @@ def test_folders_that_cannot_be_loaded(place, tmp_path):
     torch.save(load_file(base / "model.safetensors"), tmp_path / "pickle" / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="pickle weights"):
         load_model(tmp_path / "pickle")
-    assert load_model(tmp_path / "pickle", trust_remote_code=True) is not None
+    assert load_model(tmp_path / "pickle", trust_pickle=True) is not None
 
 
 def test_arguments_and_text_that_make_no_sense(place, tmp_path):

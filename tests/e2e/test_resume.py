@@ -48,10 +48,10 @@ def wide(tmp_path_factory):
     return place
 
 
-def start(place, out, *more):
+def start(place, out, *more, scheme=True):
     words = [
-        "oneshot", place / "base", "-o", out, "--scheme", "W4A16", "--group-size", "64", "--dataset",
-        place / "rows.jsonl", "--num-samples", "64", "--max-seq-length", "128", *more,
+        "oneshot", place / "base", "-o", out, *(["--scheme", "W4A16", "--group-size", "64"] if scheme else []),
+        "--dataset", place / "rows.jsonl", "--num-samples", "64", "--max-seq-length", "128", *more,
     ]  # fmt: skip
     return subprocess.Popen(
         [sys.executable, "-m", "bitpress", *map(str, words)],
