@@ -203,8 +203,9 @@ def _run(args: Arguments) -> Any:
             output = Output(ready.output, log, len(plan.shards), compressed=args.save_compressed, verify=args.verify)
         batches = list(data.batches(numerics["batch_size"])) if data else []
         run = pipeline.Run(
-            subject, plan, batches, ready.device, output, args.progress, starved_below=args.min_expert_tokens
-        )
+            subject, plan, batches, ready.device, output, args.progress, starved_below=args.min_expert_tokens,
+            seed=args.seed,
+        )  # fmt: skip
         args.progress.begin(args.stage or ready.recipe.stages[0].name, len(subject.blocks))
         complete = False
         try:

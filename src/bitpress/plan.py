@@ -26,6 +26,7 @@ from bitpress.modifiers.quantization import SchemeModifier
 from bitpress.schemes import QuantArgs
 from bitpress.sites import Site, bits_per_weight, disk_module, find_sites, full_every, label, misfits, stored_spec
 from bitpress.subject import Subject
+from bitpress.tuneplan import find_tuning
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ class Plan:
             "gram": f"second moments of inputs ({', '.join(methods)})",
             "mean": "mean sizes of inputs",
             "range": f"ranges of inputs ({', '.join(static)})",
+            "full": "outputs of the uncompressed model's blocks (tune)",
         }
         found = tuple(text for need, text in words.items() if need in needs)
         return (*found, "ranges of keys and values (kv_cache_scheme)") if self.caches else found
@@ -162,8 +164,9 @@ def make(
     notes += client_notes(subject, sites, cache_schemes)
     smoothing = find_smoothing(modifiers, subject, sites, trust_remote_code=trust_remote_code)
     sites = smoothed_sites(sites, smoothing, subject)
-    faults += smoothing.faults
-    notes += smoothing.notes
+    sites, more, added = find_tuning(modifiers, subject, sites, samples)
+    faults += smoothing.faults + more
+    notes += smoothing.notes + added
     if unknown := subject.layout.unknown:
         notes.append(
             f"{unknown[0]} (and {len(unknown) - 1} more): the model has no place for it; carried over as it is"

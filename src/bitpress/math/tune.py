@@ -105,7 +105,12 @@ def ideal_weight(weight: Tensor, solved: Solved, gram: Tensor | None) -> Tensor:
 
 
 def tune(
-    starts: Mapping[str, Start], output: Output, target: Target, lengths: Sequence[int], settings: Settings
+    starts: Mapping[str, Start],
+    output: Output,
+    target: Target,
+    lengths: Sequence[int],
+    settings: Settings,
+    said: Callable[[float], None] = lambda done: None,
 ) -> Tuned:
     """Tune the linears of one block together.
 
@@ -116,6 +121,7 @@ def tune(
         target: the output that is wanted, alike.
         lengths: tokens of each sequence; those of one step are of one length.
         settings: see there.
+        said: is told after every step how far it is, from 0 to 1.
 
     Returns:
         Never worse than the start on the sequences that are held out.
@@ -148,6 +154,7 @@ def tune(
         for variable, gradient in zip(variables.values(), gradients, strict=True):
             if gradient is not None:  # an expert that no token was sent to
                 variable.step(gradient.float(), left, settings)
+        said((step + 1) / settings.iters)
         if step + 1 in marks and (now := loss()) < best:
             best, step_kept = now, step + 1
             snapshot = {name: v.solved() for name, v in variables.items()}

@@ -6,12 +6,14 @@ from bitpress.modifiers.awq import AWQModifier
 from bitpress.modifiers.base import Modifier
 from bitpress.modifiers.quantization import GPTQModifier, QuantizationModifier, SchemeGroup
 from bitpress.modifiers.smoothquant import SmoothQuantModifier
+from bitpress.modifiers.tune import TuneModifier
 
 MODIFIERS: dict[str, type[Modifier]] = {
     "AWQModifier": AWQModifier,
     "GPTQModifier": GPTQModifier,
     "QuantizationModifier": QuantizationModifier,
     "SmoothQuantModifier": SmoothQuantModifier,
+    "TuneModifier": TuneModifier,
 }
 
 # Names that recipes use and this table does not have yet: an answer, never "unknown".
@@ -19,7 +21,6 @@ MODIFIERS_LATER = (
     "ConstantPruningModifier",
     "MagnitudePruningModifier",
     "SparseGPTModifier",
-    "TuneModifier",
     "WandaPruningModifier",
 )
 
@@ -32,4 +33,5 @@ __all__ = [
     "QuantizationModifier",
     "SchemeGroup",
     "SmoothQuantModifier",
+    "TuneModifier",
 ]
