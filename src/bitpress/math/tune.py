@@ -2,8 +2,8 @@
 
 Rounding is learned with straight-through gradients, as AutoRound does (Cheng et al. 2023, arXiv 2309.05516).
 Differences to the paper: it starts from a solution (GPTQ's codes) and not from the nearest codes; a code's start lies
-where its column would like to be within its cell; steps follow the sign of averaged gradients; scales are
-rounded to their stored dtype in every step; what is kept is chosen by sequences that gave no gradients.
+where its column would like to be within its cell; scales are rounded to their stored dtype in every step; what is
+kept is chosen by sequences that gave no gradients. Averaging gradients before the sign is taken overfits sooner.
 
 Legend: R out features, C in features, G groups of columns, B sequences, L tokens of each, D hidden size.
 A position is a weight in units of its scale, plus the zero point: rounded, it is the code.
@@ -53,7 +53,6 @@ class Settings:
         lr: of positions, in cells a step, at the first step; it falls to 0 linearly.
         scale_lr: of scales, as a share of them.
         weight_lr: of weights that have no codes, as a share of their row's root mean square.
-        momentum: share of the earlier gradients in the average whose sign is followed.
         holdout: share of the sequences that give no gradients and choose what is kept.
         checks: how often they are looked at.
         seed: of the order of sequences.
@@ -64,7 +63,6 @@ class Settings:
     lr: float = 0.003
     scale_lr: float = 0.001
     weight_lr: float = 0.001
-    momentum: float = 0.9
     holdout: float = 0.125
     checks: int = 10
     seed: int = 0
@@ -208,14 +206,6 @@ class _Variable:
 
     def __init__(self, start: Start) -> None:
         self.start = start
-        self.average: Tensor | None = None
-
-    def direction(self, gradient: Tensor, momentum: float) -> Tensor:
-        """Sign of the averaged gradient."""
-        if self.average is None:
-            self.average = torch.zeros_like(gradient)
-        self.average.lerp_(gradient, 1 - momentum)
-        return self.average.sign()
 
     def dense(self) -> Tensor:
         """The weight (R, C) as it would be stored."""
@@ -246,7 +236,7 @@ class _Weights(_Variable):
     def step(self, gradient: Tensor, left: float, settings: Settings) -> None:
         if self.start.keep is not None:
             gradient = gradient * self.start.keep
-        move = self.direction(gradient, settings.momentum).mul_(self.unit)
+        move = gradient.sign().mul_(self.unit)
         self.master.add_(move, alpha=-left * settings.weight_lr)
 
     def solved(self) -> Solved:
@@ -272,7 +262,6 @@ class _Codes(_Variable):
         self.scale = self.qparams.scale.float()
         self.share = torch.ones_like(grid.once(self.scale))
         self.free = grid.scales == "free" and not grid.fused
-        self.scale_average: Tensor | None = None
 
     def _start(self, values: Tensor) -> Tensor:
         if self.start.ideal is None:
@@ -312,13 +301,9 @@ class _Codes(_Variable):
             values = self.grid.nearest_(self.position.clone())
             if self.zero is not None:
                 values.sub_(self.zero)
-            # by the share of the scale: all scales alike, whatever their size
             pull = self._summed(values.mul_(gradient).sum(-1) * self.scale)
-            if self.scale_average is None:
-                self.scale_average = torch.zeros_like(pull)
-            self.scale_average.lerp_(pull, 1 - settings.momentum)
-            self.share.sub_(self.scale_average.sign(), alpha=left * settings.scale_lr)
-        move = self.direction(gradient, settings.momentum)
+            self.share.sub_(pull.sign_(), alpha=left * settings.scale_lr)
+        move = gradient.sign()
         if isinstance(self.cell, Tensor):
             move.mul_(self.cell)
         self.position.sub_(move, alpha=left * settings.lr).clamp_(self.low, self.high)

@@ -32,7 +32,6 @@ class TuneModifier(Modifier):
         scale_lr: the same for scales, as a share of them. 0 leaves them as they are solved. Default: 0.001.
         weight_lr: the same for weights that are pruned but not quantized, as a share of the root mean square of their
             row. Default: 0.001.
-        momentum: share of earlier gradients in the average whose sign is followed. Default: 0.9.
         holdout: share of the sequences that give no gradients; what is kept, if only the start, is what is best on
             them. At least one sequence is held out. Default: 0.125.
     """
@@ -46,7 +45,6 @@ class TuneModifier(Modifier):
     lr: Float = 0.003
     scale_lr: Float = 0.001
     weight_lr: Float = 0.001
-    momentum: Float = 0.9
     holdout: Float = 0.125
 
     @property
@@ -65,8 +63,6 @@ class TuneModifier(Modifier):
         for key in ("lr", "scale_lr", "weight_lr"):
             if not 0 <= getattr(self, key) < math.inf:
                 found.append(f"{key}: must be 0 or a positive number, got {getattr(self, key)}")
-        if not 0 <= self.momentum < 1:
-            found.append(f"momentum: must be a share from 0 to below 1, got {self.momentum}")
         if not 0 < self.holdout <= 0.5:
             found.append(f"holdout: must be a share above 0, at most 0.5, got {self.holdout}")
         return found
@@ -77,5 +73,5 @@ class TuneModifier(Modifier):
 
         return Settings(
             iters=self.iters, batch_size=self.batch_size, lr=self.lr, scale_lr=self.scale_lr,
-            weight_lr=self.weight_lr, momentum=self.momentum, holdout=self.holdout, seed=seed,
+            weight_lr=self.weight_lr, holdout=self.holdout, seed=seed,
         )  # fmt: skip
