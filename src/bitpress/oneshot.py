@@ -273,12 +273,13 @@ def _numerics(ready: Prepared) -> dict[str, Any]:
         "dtype": str(ready.subject.dtype),
         "attention": getattr(config, "_attn_implementation", None),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "tuned_linears": sum(s.tuning is not None for s in ready.plan.sites),  # memory may have ruled out experts
     }
 
 
 def _adopt(recorded: dict[str, Any], now: dict[str, Any], output: Path) -> dict[str, Any]:
     """The recorded numerics, where this process can reproduce them."""
-    fixed = ("device", "dtype", "attention", "float32_matmul_precision")
+    fixed = ("device", "dtype", "attention", "float32_matmul_precision", "tuned_linears")
     if different := [f"{k} was {recorded[k]}, is {now[k]}" for k in fixed if recorded[k] != now[k]]:
         raise PlanError(f"{output}: cannot go on with the same bits: {'; '.join(different)}. Start anew with --fresh")
     return recorded

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from bitpress.modifiers.quantization import SchemeModifier
 from bitpress.schemes import QuantArgs
 from bitpress.sites import Site, bits_per_weight, disk_module, find_sites, full_every, label, misfits, stored_spec
 from bitpress.subject import Subject
-from bitpress.tuneplan import find_tuning
+from bitpress.tuneplan import find_tuning, without_experts
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,16 @@ def make(
         raise PlanError(faults)
     shards = _shards(subject, sites, caches, compressed)
     output_bytes = sum(file_size(s) for s in shards if s)
-    memory = budget(subject, sites, samples, length, device, max_memory, batch_size, runs=bool(caches))
+    cost = partial(budget, subject, samples=samples, length=length, device=device, max_memory=max_memory,
+                   batch_size=batch_size, runs=bool(caches))  # fmt: skip
+    try:
+        memory = cost(sites)
+    except PlanError as error:
+        if not any(s.tuning and s.expert is not None for s in sites):
+            raise
+        sites = without_experts(sites)
+        notes.append(f"TuneModifier: experts stay as they are solved: {error.problems[0]}")
+        memory = cost(sites)
     if output is not None and (fault := space_fault(output, output_bytes)):
         raise PlanError(fault)
     scheme = next(iter(cache_schemes), None)

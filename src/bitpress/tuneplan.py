@@ -45,3 +45,8 @@ def find_tuning(
         faults,
         notes,
     )
+
+
+def without_experts(sites: Sequence[Site]) -> list[Site]:
+    """The sites, those of experts not tuned."""
+    return [s if s.expert is None else replace(s, tuning=None) for s in sites]
