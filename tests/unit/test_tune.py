@@ -151,7 +151,9 @@ def test_the_block_comes_nearer_on_every_grid(name):
         else:
             values = values_of(codes)
             assert torch.equal(grid.nearest_(values.clone()), values)
-        assert torch.equal(grid.repeated(grid.once(qparams.scale), len(codes)), qparams.scale), "what is shared stays so"
+        assert torch.equal(grid.repeated(grid.once(qparams.scale), len(codes)), qparams.scale), (
+            "what is shared stays so"
+        )
         old = starts[n].solved.qparams
         assert grid.scales == "free" or torch.equal(qparams.scale, old.scale)
         assert qparams.zero_point is old.zero_point and qparams.global_scale is old.global_scale
