@@ -7,13 +7,14 @@ per-layer arguments of its architecture; then the forward is left. The only hook
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from bitpress.attention import sliced
 from bitpress.errors import NumericsError, PlanError
@@ -66,7 +67,13 @@ class Blocks:
         assert out is not None
         return out
 
-    def visit(self, index: int, batch: Batch) -> Tensor | None:
+    def run_with(self, index: int, batch: Batch, weights: Mapping[str, Tensor]) -> Tensor:
+        """As `run`, with other tensors in place of the parameters of these names, and with their gradients."""
+        out = self.visit(index, batch, weights)
+        assert out is not None
+        return out
+
+    def visit(self, index: int, batch: Batch, weights: Mapping[str, Tensor] | None = None) -> Tensor | None:
         """As `run`, but a hook may leave the block before its end; then there is no output."""
         result: list[Tensor] = []
         original = self.modules[index].forward
@@ -78,7 +85,7 @@ class Blocks:
             result.append(out[0] if isinstance(out, tuple) else out)
             raise _Left
 
-        self._drive(batch[0], index, at_work)
+        self._drive(batch[0], index, at_work, weights)
         return result[0] if result else None
 
     def visit_tail(self, batch: Batch) -> None:
@@ -90,15 +97,21 @@ class Blocks:
 
         self._drive(batch[0], len(self) - 1, at_work)
 
-    def _drive(self, ids: Tensor, index: int, at_work: Callable[..., Any]) -> None:
+    def _drive(
+        self, ids: Tensor, index: int, at_work: Callable[..., Any], weights: Mapping[str, Tensor] | None = None
+    ) -> None:
         with (
             sliced(),
             _forwards(self.modules[:index], self._through),
             _forwards(self.modules[index : index + 1], at_work),
         ):
             try:
-                with torch.no_grad():
-                    self.model(input_ids=ids, use_cache=False)
+                if weights is None:
+                    with torch.no_grad():
+                        self.model(input_ids=ids, use_cache=False)
+                else:
+                    inputs = {"input_ids": ids, "use_cache": False}
+                    functional_call(self.model, dict(weights), (), inputs, tie_weights=False)
             except _Left:
                 pass
 

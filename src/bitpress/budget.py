@@ -59,11 +59,12 @@ def budget(
     limit = max_memory or int(0.8 * available)
     base = PROCESS_BYTES if on_cpu else 0
     copies = 3 if any(s.smoothing for s in sites) else 2  # folds are tried on the block, and taken back
-    fixed = base + outside + copies * block + solver + least_gram
+    fixed = base + outside + copies * block + max(solver, tuning_bytes(sites, length, width, item)) + least_gram
     if fixed + sequence > limit:
         raise PlanError(
             f"one block needs {gib(fixed + sequence)} but the limit is {gib(limit)}: raise --max-memory"
             + ("" if max_memory else " or free memory")
+            + (" or lower TuneModifier's batch_size" if any(s.tuning for s in sites) else "")
         )
     if batch_size is None:
         by_memory = (limit - fixed) // (4 * sequence)
@@ -85,6 +86,22 @@ def budget(
         "host_bytes": host, "device_bytes": 0 if on_cpu else device_bytes, "batch_size": batch_size,
         "gram_bytes": gram_bytes, "hidden_on": where,
     }  # fmt: skip
+
+
+def tuning_bytes(sites: Sequence[Site], length: int, width: int, item: int) -> int:
+    """What tuning a block takes: copies of its weights, Gram matrices that wait for it, activations for gradients."""
+    tuned: dict[int | None, list[Site]] = {}
+    for site in sites:
+        if site.tuning is not None:
+            tuned.setdefault(site.block, []).append(site)
+    if not tuned:
+        return 0
+    # positions, what they start from and what a step makes of them, in float32; weights and gradients in the model's
+    each = 5 * 4 + 3 * item
+    kept = max(sum(each * s.rows * s.columns + 4 * s.columns**2 for s in of_block) for of_block in tuned.values())
+    modifier = next(s.tuning for s in sites if s.tuning is not None)
+    widest = max(max(s.rows, s.columns) for of_block in tuned.values() for s in of_block)
+    return kept + modifier.batch_size * length * (item * 8 * widest + (12 * item + 16) * width)
 
 
 def _bytes(subject: Subject, prefix: str | None) -> int:

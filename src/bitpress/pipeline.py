@@ -31,6 +31,7 @@ from bitpress.report import LayerReport
 from bitpress.sites import Site, bits_per_weight, label
 from bitpress.states import FullStream, HiddenStates
 from bitpress.subject import Subject
+from bitpress.tuning import Tuning, after
 
 STARVED = 256  # tokens; an expert that saw fewer takes its statistics from all tokens of the block
 
@@ -43,6 +44,7 @@ class Run:
         batches: token ids (B, L), in order.
         inherited: gives a linear that an earlier stage has quantized, for the shard that it is written to.
         output: where shards go; None for a model in memory that is not saved.
+        seed: of what tuning draws at random.
         rows: reports of the layers, as plain data.
         solved: for a model in memory: every solved linear without its codes and weight.
         caches: for a model in memory: scales of caches, by name on disk.
@@ -57,6 +59,7 @@ class Run:
     progress: Progress
     starved_below: int = STARVED
     inherited: Callable[[Site], Solved] | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
         self.full: FullStream | None = None  # of the uncompressed model, where a modifier compares with it
@@ -127,8 +130,12 @@ def _block(run: Run, index: int, states: HiddenStates, *, collects: bool, feeds:
         subject.load(prefix, run.device)
         run.timed("load", clock)
         folding = Folding(subject, index, uses, sites) if (uses := run.plan.smoothing[index]) else None
-        results = _solve_sites(run, index, sites, states, folding, collects=collects)
+        tuning = Tuning(subject, index, run.seed) if any(s.tuning for s in sites) else None
+        results = _solve_sites(run, index, sites, states, folding, tuning, collects=collects)
         _install(run, results, folding)
+        if tuning is not None:
+            results = _tune(run, index, tuning, states, results)
+            _install(run, results, None)
         clock = time.perf_counter()
         scales = {}
         if caches:  # they are seen with the weights as they are stored, so the block's output comes first
@@ -145,6 +152,15 @@ def _block(run: Run, index: int, states: HiddenStates, *, collects: bool, feeds:
         run.full.advance()
     subject.unload(prefix)
     memory.give_back()
+
+
+def _tune(run: Run, index: int, tuning: Tuning, states: HiddenStates, results: list[Result]) -> list[Result]:
+    """Move the solved weights so that the block's output comes nearer to the uncompressed one's."""
+    assert run.full is not None
+    clock = time.perf_counter()
+    tuned = tuning.run(run.batches, states, run.full, lambda done: run.progress.at(index, "tuning", 0.4 + 0.3 * done))
+    run.timed("tune", clock)
+    return after(results, tuned)
 
 
 def _advance(run: Run, index: int, full: FullStream, states: HiddenStates) -> None:
@@ -168,7 +184,7 @@ def _outside(run: Run, states: HiddenStates) -> None:
         return
     if sites and not run.plan.needs_stats:
         run.subject.load(None, run.device)
-    results = _solve_sites(run, None, sites, states, None, collects=run.plan.needs_stats)
+    results = _solve_sites(run, None, sites, states, None, None, collects=run.plan.needs_stats)
     clock = time.perf_counter()
     _install(run, results, None)
     _store(run, total, None, results, {}, None)
@@ -249,7 +265,14 @@ def _weight(model: nn.Module, site: Site) -> Tensor:
 
 
 def _solve_sites(
-    run: Run, index: int | None, sites: list[Site], states: HiddenStates, folding: Folding | None, *, collects: bool
+    run: Run,
+    index: int | None,
+    sites: list[Site],
+    states: HiddenStates,
+    folding: Folding | None,
+    tuning: Tuning | None,
+    *,
+    collects: bool,
 ) -> list[Result]:
     """Statistics, in as many passes as memory asks for, and the algebra on them; weights are not yet changed."""
     at = len(run.subject.blocks) if index is None else index
@@ -259,7 +282,8 @@ def _solve_sites(
 
     def solve(stats: InputStats, readers: Sequence[str], policy: str) -> None:
         run.progress.at(at, "solving", 0.4)
-        results.update(_solve(run, [by_module[m] for m in readers if m in by_module], stats, policy, folding))
+        read = [by_module[m] for m in readers if m in by_module]
+        results.update(_solve(run, read, stats, policy, folding, tuning))
 
     if run.full is not None and index is not None and not needy and folding is None:
         _advance(run, index, run.full, states)
@@ -292,7 +316,7 @@ def _solve_sites(
             free.setdefault(site.partners or site.name, []).append(site)
     for together in free.values():
         run.progress.at(at, "rounding")
-        results |= _solve(run, together, None, "", folding)
+        results |= _solve(run, together, None, "", folding, tuning)
     run.timed("solve", clock)
     return [results[s.name] for s in sites]
 
@@ -384,7 +408,12 @@ def _first(run: Run, states: HiddenStates) -> Batch:
 
 
 def _solve(
-    run: Run, sites: list[Site], stats: InputStats | None, policy: str, folding: Folding | None
+    run: Run,
+    sites: list[Site],
+    stats: InputStats | None,
+    policy: str,
+    folding: Folding | None,
+    tuning: Tuning | None,
 ) -> dict[str, Result]:
     """Linears that read the same input: one call of the solver for those with the same steps."""
     results: dict[str, Result] = {}
@@ -407,6 +436,8 @@ def _solve(
         except NumericsError as error:
             raise NumericsError(f"{part[0].name}: {error}") from None
         seconds = (time.perf_counter() - clock) / len(part)
+        if tuning is not None:
+            tuning.hold(part, weights, solved, stats)
         for site, weight, z in zip(part, weights, solved, strict=True):
             dense = z.dense()
             report = LayerReport(

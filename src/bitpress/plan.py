@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from bitpress.sites import (
     stored_spec,
 )
 from bitpress.subject import Subject
+from bitpress.tuneplan import find_tuning, without_experts
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ class Plan:
             "gram": f"second moments of inputs ({', '.join(methods)})",
             "mean": "mean sizes of inputs",
             "range": f"ranges of inputs ({', '.join(static)})",
+            "full": "outputs of the uncompressed model's blocks (tune)",
         }
         found = tuple(text for need, text in words.items() if need in needs)
         return (*found, "ranges of keys and values (kv_cache_scheme)") if self.caches else found
@@ -179,20 +182,31 @@ def make(
     notes += client_notes(subject, sites, cache_schemes)
     smoothing = find_smoothing(modifiers, subject, sites, trust_remote_code=trust_remote_code)
     sites = smoothed_sites(sites, smoothing, subject)
-    faults += smoothing.faults
     rescaled = {m for uses in smoothing.uses for u in uses for m in (u.fold.producer, *u.fold.consumers)}
     faults += _quantized_before({s.module for s in sites} | rescaled, inherited)
-    notes += smoothing.notes
+    sites, more, added = find_tuning(modifiers, subject, sites, samples)
+    faults += smoothing.faults + more
+    notes += smoothing.notes + added
     if unknown := subject.layout.unknown:
         notes.append(
             f"{unknown[0]} (and {len(unknown) - 1} more): the model has no place for it; carried over as it is"
         )
     ignored = _ignored(subject, {s.module for s in (*inherited, *sites) if s.group is not None})
     memory: dict[str, Any] = {}
+    cost = partial(budget, subject, samples=samples, length=length, device=device, max_memory=max_memory,
+                   batch_size=batch_size, runs=bool(caches))  # fmt: skip
     try:
-        memory = budget(subject, sites, samples, length, device, max_memory, batch_size, runs=bool(caches))
+        memory = cost(sites)
     except PlanError as error:
-        faults += error.problems
+        if not any(s.tuning and s.expert is not None for s in sites):
+            faults += error.problems
+        else:
+            sites = without_experts(sites)
+            notes.append(f"TuneModifier: experts stay as they are solved: {error.problems[0]}")
+            try:
+                memory = cost(sites)
+            except PlanError as still:
+                faults += still.problems
     if faults:
         raise PlanError(faults)
     shards = _shards(subject, (*inherited, *sites), caches, compressed)

@@ -25,6 +25,8 @@ class LayerReport:
         tokens: calibration tokens that this linear's input had; 0 without data.
         policy: "" or why the statistics are not those of its own input.
         seconds: solving time of the linears that share its input, divided among them.
+        tuned: where its block was tuned: the share of the energy of the block's output that was wrong on sequences
+            that gave no gradients, `before` and `after`, and the `steps` that were best (0: it stayed as solved).
     """
 
     name: str
@@ -38,6 +40,7 @@ class LayerReport:
     tokens: int
     policy: str
     seconds: float
+    tuned: dict[str, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, rounded to what is meaningful."""
@@ -46,6 +49,8 @@ class LayerReport:
         row["sparsity"] = round(self.sparsity, 5)
         row["bits_per_weight"] = round(self.bits_per_weight, 5)
         row["seconds"] = round(self.seconds, 4)
+        if row["tuned"] is None:
+            del row["tuned"]
         return row
 
 

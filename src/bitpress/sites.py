@@ -18,6 +18,7 @@ from bitpress.errors import PlanError
 from bitpress.modifiers.base import Claim, LinearModifier, PruningModifier, names
 from bitpress.modifiers.quantization import SchemeGroup, SchemeModifier
 from bitpress.modifiers.smoothing import ScaleModifier
+from bitpress.modifiers.tune import TuneModifier
 from bitpress.schemes import QuantArgs, Scheme
 from bitpress.subject import Subject, output_head
 from bitpress.targets import LinearName, resolve, specificity
@@ -61,6 +62,7 @@ class Site:
         expert: index of its expert, if it is part of one.
         dtype: in which its scales are stored.
         smoothing: modifiers that scale its input, before the steps.
+        tuning: what tunes it together with the other linears of its block, after the steps.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Site:
     expert: int | None
     dtype: torch.dtype = torch.bfloat16
     smoothing: tuple[ScaleModifier, ...] = ()
+    tuning: TuneModifier | None = None
 
     @property
     def key(self) -> str:
@@ -89,13 +92,15 @@ class Site:
 
     @property
     def method(self) -> str:
-        return "+".join([*(m.smoothing for m in self.smoothing), *(s.modifier.method for s in self.steps)])
+        last = [] if self.tuning is None else [self.tuning.tuning]
+        return "+".join([*(m.smoothing for m in self.smoothing), *(s.modifier.method for s in self.steps), *last])
 
     @property
     def needs(self) -> frozenset[str]:
-        """Statistics of its input that smoothing and steps read, see `Modifier.needs`."""
+        """What smoothing, steps and tuning read of the calibration data, see `Modifier.needs`."""
         own = (s.modifier.needs_of(s.claim) for s in self.steps)
-        return frozenset().union(*(m.needs for m in self.smoothing), *own)
+        tuning = frozenset() if self.tuning is None else self.tuning.needs
+        return frozenset().union(*(m.needs for m in self.smoothing), *own, tuning)
 
     @property
     def partners(self) -> str:
@@ -109,6 +114,8 @@ class Site:
 
 def full_every(sites: Sequence[Site]) -> int:
     """Every n-th batch also runs in the uncompressed model, for those who compare with it; 0: none does."""
+    if any("full" in s.needs for s in sites):
+        return 1
     return PAIRED_EVERY if any("drift" in s.needs for s in sites) else 0
 
 

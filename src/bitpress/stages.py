@@ -162,7 +162,7 @@ def _run_stage(
     batches = list(ready.data.batches(numerics["batch_size"])) if ready.data and plan.needs_stats else []
     run = pipeline.Run(
         subject, plan, batches, ready.device, output, args.progress, starved_below=args.min_expert_tokens,
-        inherited=inherited,
+        inherited=inherited, seed=args.seed,
     )  # fmt: skip
     args.progress.begin(args.stage or stage.name, len(subject.blocks))
     complete = False
@@ -200,12 +200,13 @@ def _numerics(ready: Prepared, plan: Plan) -> dict[str, Any]:
         "dtype": str(ready.subject.dtype),
         "attention": implementation(config, ready.device, ready.subject.dtype),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "tuned_linears": sum(s.tuning is not None for s in plan.sites),  # memory may have ruled out experts
     }
 
 
 def _adopt(recorded: dict[str, Any], now: dict[str, Any], output: Path) -> dict[str, Any]:
     """The recorded numerics, where this process can reproduce them."""
-    fixed = ("device", "dtype", "attention", "float32_matmul_precision")
+    fixed = ("device", "dtype", "attention", "float32_matmul_precision", "tuned_linears")
     if different := [f"{k} was {recorded[k]}, is {now[k]}" for k in fixed if recorded[k] != now[k]]:
         raise PlanError(f"{output}: cannot go on with the same bits: {'; '.join(different)}. Start anew with --fresh")
     return recorded

@@ -50,6 +50,16 @@ class HiddenStates:
         else:
             self._tensors[batch] = states
 
+    def sequence(self, batch: int, row: int) -> Tensor | None:
+        """The states of one sequence of a batch (1, L, C) on the device; nothing else is moved or read."""
+        if self.where == "disk":
+            if batch not in self._files:
+                return None
+            whole: Tensor = torch.load(self._file(batch), weights_only=True, mmap=True)
+            return whole[row : row + 1].to(self.device, copy=True)
+        held = self._tensors.get(batch)
+        return None if held is None else held[row : row + 1].to(self.device, non_blocking=True)
+
     def _file(self, batch: int) -> Path:
         return self._folder / f"{batch}.pt"
 
@@ -86,6 +96,12 @@ class FullStream:
     def after(self, batch: int) -> Tensor:
         """What was kept: the output that the block at work should have."""
         found = self._next[batch]
+        assert found is not None
+        return found
+
+    def sequence_after(self, batch: int, row: int) -> Tensor:
+        """The same of one sequence, (1, L, C)."""
+        found = self._next.sequence(batch, row)
         assert found is not None
         return found
 

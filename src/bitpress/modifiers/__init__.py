@@ -7,6 +7,7 @@ from bitpress.modifiers.base import Modifier
 from bitpress.modifiers.pruning import MagnitudePruningModifier, SparseGPTModifier, WandaPruningModifier
 from bitpress.modifiers.quantization import GPTQModifier, QuantizationModifier, SchemeGroup
 from bitpress.modifiers.smoothquant import SmoothQuantModifier
+from bitpress.modifiers.tune import TuneModifier
 
 MODIFIERS: dict[str, type[Modifier]] = {
     "AWQModifier": AWQModifier,
@@ -15,14 +16,12 @@ MODIFIERS: dict[str, type[Modifier]] = {
     "QuantizationModifier": QuantizationModifier,
     "SmoothQuantModifier": SmoothQuantModifier,
     "SparseGPTModifier": SparseGPTModifier,
+    "TuneModifier": TuneModifier,
     "WandaPruningModifier": WandaPruningModifier,
 }
 
 # Names that recipes use and this table does not have yet: an answer, never "unknown".
-MODIFIERS_LATER = (
-    "ConstantPruningModifier",
-    "TuneModifier",
-)
+MODIFIERS_LATER = ("ConstantPruningModifier",)
 
 __all__ = [
     "MODIFIERS",
@@ -35,5 +34,6 @@ __all__ = [
     "SchemeGroup",
     "SmoothQuantModifier",
     "SparseGPTModifier",
+    "TuneModifier",
     "WandaPruningModifier",
 ]

@@ -1,0 +1,138 @@
+"""Tuning the block at work: from where its linears start, and how it is run with other weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from bitpress import formats
+from bitpress.errors import NumericsError
+from bitpress.math.grid import Solved, relative_error, settle
+from bitpress.math.masks import pruned
+from bitpress.math.stats import InputStats
+from bitpress.math.tune import Start, ideal_weight, tune
+from bitpress.modifiers.base import PruningModifier
+from bitpress.report import LayerReport
+from bitpress.sites import Site
+from bitpress.states import FullStream, HiddenStates
+from bitpress.subject import Subject
+
+
+@dataclass(frozen=True)
+class Held:
+    """What tuning needs of a solved linear.
+
+    Attributes:
+        weight: (R, C) in the model's dtype, what was to be compressed.
+        gram: (C, C) float32 of its input, shared with the others that read it.
+        keep: (R, C) bool, false where it is pruned; None: nowhere.
+    """
+
+    site: Site
+    weight: Tensor
+    solved: Solved
+    gram: Tensor | None
+    keep: Tensor | None
+
+
+class Tuning:
+    """The linears of one block that are tuned, from when they are solved.
+
+    Args:
+        seed: of the run; the block's own follows from it and the block's number.
+    """
+
+    def __init__(self, subject: Subject, index: int, seed: int) -> None:
+        self.subject, self.index = subject, index
+        self.seed = (seed * 1_000_003 + index) % (1 << 63)
+        self.held: list[Held] = []
+
+    def hold(
+        self, sites: Sequence[Site], weights: Sequence[Tensor], solved: Sequence[Solved], stats: InputStats | None
+    ) -> None:
+        """Remember linears that were solved, those of them that are to be tuned."""
+        gram = None if stats is None else stats.gram
+        for site, weight, z in zip(sites, weights, solved, strict=True):
+            if site.tuning is None:
+                continue
+            prunes = any(isinstance(s.modifier, PruningModifier) for s in site.steps)
+            keep = z.dense() != 0 if prunes else pruned(weight)
+            self.held.append(Held(site, weight.to(self.subject.dtype), z, gram, keep))
+
+    def run(
+        self,
+        batches: Sequence[Tensor],
+        states: HiddenStates,
+        full: FullStream,
+        said: Callable[[float], None],
+    ) -> dict[str, tuple[Solved, dict[str, float]]]:
+        """Tune them together.
+
+        Args:
+            batches: token ids (B, L).
+            states: what goes into the block.
+            full: what should come out of it.
+            said: is told how far it is, from 0 to 1.
+
+        Returns:
+            By the linear's name: how it is solved, its error as it is now, and what the report says of the block.
+
+        Raises:
+            NumericsError: NaN or infinity in the block's output.
+        """
+        if not self.held:  # experts that none of this block's linears is left without
+            return {}
+        places = [(i, row) for i, ids in enumerate(batches) for row in range(len(ids))]
+        lengths = [batches[i].shape[1] for i, _ in places]
+
+        def output(weights: Mapping[str, Tensor], picked: Sequence[int]) -> Tensor:
+            chosen = [places[p] for p in picked]
+            ids = torch.cat([batches[i][row : row + 1] for i, row in chosen]).to(states.device)
+            parts = [states.sequence(i, row) for i, row in chosen]
+            hidden = [part for part in parts if part is not None]  # none of them before the first block
+            return self.subject.blocks.run_with(self.index, (ids, torch.cat(hidden) if hidden else None), weights)
+
+        def target(picked: Sequence[int]) -> Tensor:
+            return torch.cat([full.sequence_after(*places[p]) for p in picked])
+
+        modifier = self.held[0].site.tuning
+        assert modifier is not None
+        starts = {h.site.key: self._start(h) for h in self.held}
+        found = tune(starts, output, target, lengths, modifier.settings(self.seed), said)
+        if not found.before < float("inf"):
+            raise NumericsError(f"{self.held[0].site.name}: NaN or infinity in the block's output while tuning")
+        says = {"before": _digits(found.before), "after": _digits(found.after), "steps": found.step}
+        results = {}
+        for h in self.held:
+            z, grid = found.solved[h.site.key], starts[h.site.key].grid
+            z = z if grid is None else settle(z, grid)
+            error = relative_error(h.weight.float(), z.dense(), h.gram)
+            results[h.site.name] = (replace(z, error=error), says)
+        return results
+
+    def _start(self, h: Held) -> Start:
+        if h.site.scheme is None:
+            return Start(h.solved, None, None, h.keep)
+        grid = formats.grid_of(h.site.scheme, self.subject.dtype)
+        return Start(h.solved, grid, ideal_weight(h.weight.float(), h.solved, h.gram), h.keep)
+
+
+def after(
+    results: Sequence[tuple[LayerReport, Site, Solved]], tuned: Mapping[str, tuple[Solved, dict[str, float]]]
+) -> list[tuple[LayerReport, Site, Solved]]:
+    """The results of a block, those of tuned linears as they are after it."""
+    new = []
+    for report, site, z in results:
+        if site.name in tuned:
+            z, says = tuned[site.name]
+            sparsity = float((z.dense() == 0).float().mean())
+            report = replace(report, rel_error=float(z.error), sparsity=sparsity, tuned=says)
+        new.append((report, site, z))
+    return new
+
+
+def _digits(x: float) -> float:
+    return float(f"{x:.5g}")
