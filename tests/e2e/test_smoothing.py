@@ -140,7 +140,7 @@ def test_little_memory_gives_the_same_bytes(family, tmp_path, monkeypatch):
     from bitpress import plan
 
     real = plan.budget
-    monkeypatch.setattr(plan, "budget", lambda *a: {**real(*a), "gram_bytes": 1})
+    monkeypatch.setattr(plan, "budget", lambda *a, **k: {**real(*a, **k), "gram_bytes": 1})
     run(base, RECIPES["awq, then gptq"], tmp_path / "b")
     assert_same_tensors(tensors(tmp_path / "b"), tensors(tmp_path / "a"))
 

@@ -170,7 +170,7 @@ def test_what_it_refuses(name, base, tmp_path):
 
 
 def test_one_sequence_is_too_few(base, tmp_path):
-    with pytest.raises(PlanError, match="TuneModifier: needs at least 2 sequences.*raise num_calibration_samples"):
+    with pytest.raises(PlanError, match=r"TuneModifier: needs at least 2 sequences.*raise num_calibration_samples"):
         oneshot(base, ROWS, {"modifiers": [GPTQ, TUNE]}, output_dir=tmp_path / "out", max_seq_length=32,
                 num_calibration_samples=1)  # fmt: skip
 

@@ -1,12 +1,8 @@
-"""Triton kernels against the pure functions: through Triton's interpreter where there is no GPU."""
-
-import os
+"""Triton kernels against the pure functions: through Triton's interpreter where there is no GPU (see conftest.py)."""
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 
 from bitpress.math.descent import descend, descend_by_kernel
