@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 
 from memory import random_rows, write_llama
-from peer_llmcompressor import config_groups
+from common import config_groups
 
 BITPRESS = [sys.executable, "-m", "bitpress"]
 COMPARED = ("*.safetensors", "model.safetensors.index.json", "config.json", "recipe.yaml")
