@@ -61,7 +61,7 @@ class Tool:
 
 def _bitpress(title: str, *options: str) -> Tool:
     schemes = {
-        **{name: options for name in GROUPED},
+        **dict.fromkeys(GROUPED, options),
         "w8a8": ("--method", "smoothquant-gptq", *options),
         "2of4": ("--method", "sparsegpt", *options),
         "2of4-w4": ("--method", "sparsegpt-gptq", *options),
@@ -70,7 +70,7 @@ def _bitpress(title: str, *options: str) -> Tool:
 
 
 def _same(*options: str) -> dict[str, tuple[str, ...]]:
-    return {name: options for name in GROUPED}
+    return dict.fromkeys(GROUPED, options)
 
 
 TOOLS = {

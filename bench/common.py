@@ -48,7 +48,7 @@ SCHEMES = {
     "w3-sym": Scheme("W3 sym", 3),
     "w2-asym": Scheme("W2 asym", 2, symmetric=False),
     "w8a8": Scheme("W8A8 int8 dynamic", 8, grouped=False, activations=True),
-    "2of4": Scheme("2:4", None, sparse=True),
+    "2of4": Scheme("2:4", None, grouped=False, sparse=True),
     "2of4-w4": Scheme("2:4 + int4 channel", 4, grouped=False, sparse=True),
 }
 

@@ -1,7 +1,8 @@
 """Quantizes a model with AutoRound and prints one JSON line with what it cost.
 
 ENVS/autoround/bin/python bench/peer_autoround.py MODEL OUT --text FILE [--samples 128] [--length 512]
-    [--scheme w4-sym|w4-asym|w3-sym|w2-asym] [--group-size 64] [--iters 200] [--batch-size 8] [--seed 0]
+    [--scheme w4-sym|w4-asym|w3-sym|w2-asym] [--group-size 64] [--iters 200] [--batch-size 8] [--no-compile]
+    [--seed 0]
 
 Everything else is AutoRound's default. OUT/packed is what it saves in its own format; OUT holds the same weights,
 dequantized by bench/dense.py, as transformers reads that format only with AutoRound installed.
@@ -24,6 +25,7 @@ from dense import write_dense  # noqa: E402
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--iters", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--no-compile", action="store_true", help="do not let it call torch.compile")
 
 
 def batches(rows: list[list[int]], size: int) -> list[dict[str, Any]]:
@@ -58,6 +60,7 @@ def main() -> None:
         nsamples=len(rows),
         batch_size=args.batch_size,
         seed=args.seed,
+        enable_torch_compile=False if args.no_compile else None,
         device_map=0 if torch.cuda.is_available() else "cpu",
     )
     quantize = timed(tuner.quantize)
