@@ -23,8 +23,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from common import config_groups
 from memory import random_rows, write_llama
-from peer_llmcompressor import config_groups
 
 BITPRESS = [sys.executable, "-m", "bitpress"]
 COMPARED = ("*.safetensors", "model.safetensors.index.json", "config.json", "recipe.yaml")

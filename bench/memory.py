@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from peer_llmcompressor import config_groups, peak_rss_mb
+from common import config_groups, peak_rss_mb
 
 HEAD = 64
 

@@ -1,7 +1,8 @@
-"""Quantizes a model with bitpress and prints the JSON line that peer_llmcompressor.py prints.
+"""Compresses a model with bitpress and prints the JSON line that peer_llmcompressor.py prints.
 
-python bench/run_bitpress.py MODEL OUT --text FILE [--samples 128] [--length 512]
-    [--group-size 64] [--method gptq|rtn] [--observer hessian|minmax|mse] [--seed 0]
+python bench/run_bitpress.py MODEL OUT --text FILE [--samples 128] [--length 512] [--scheme w4-sym]
+    [--method gptq|rtn|smoothquant-gptq|sparsegpt|sparsegpt-gptq] [--observer hessian|minmax|mse] [--group-size 64]
+    [--effort fast|balanced|best] [--seed 0]
 """
 
 from __future__ import annotations
@@ -10,33 +11,54 @@ import time
 
 STARTED = time.perf_counter()
 
-from peer_llmcompressor import arguments, config_groups, print_result, timed, windows  # noqa: E402
+import argparse  # noqa: E402
+import inspect  # noqa: E402
+from typing import Any  # noqa: E402
+
+from common import SCHEMES, arguments, calibration, config_groups, print_result, timed, windows  # noqa: E402
+
+METHODS = ("gptq", "rtn", "smoothquant-gptq", "sparsegpt", "sparsegpt-gptq")
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--effort", choices=("fast", "balanced", "best"))
+
+
+def recipe(args: argparse.Namespace) -> dict[str, Any]:
+    """The modifiers by name, in one stage."""
+    scheme, ignore = SCHEMES[args.scheme], ["lm_head"]
+    modifiers: dict[str, Any] = {}
+    if args.method.startswith("smoothquant"):
+        modifiers["SmoothQuantModifier"] = {}
+    if args.method.startswith("sparsegpt"):
+        modifiers["SparseGPTModifier"] = {"sparsity": 0.5, "mask_structure": "2:4", "ignore": ignore}
+    if scheme.bits is not None:
+        quantizer = "QuantizationModifier" if args.method == "rtn" else "GPTQModifier"
+        modifiers[quantizer] = {
+            "config_groups": config_groups(args.group_size, args.observer, scheme),
+            "ignore": ignore,
+        }
+    return modifiers
 
 
 def main() -> None:
-    args = arguments(__doc__, observers=("hessian", "minmax", "mse"))
+    args = arguments(__doc__, methods=METHODS, observers=("hessian", "minmax", "mse"), more=options)
     if args.method == "rtn" and args.observer == "hessian":
         args.observer = "minmax"  # rounding has no statistics
-    from datasets import Dataset
     from transformers import AutoTokenizer
 
     from bitpress import oneshot
 
     rows = windows(AutoTokenizer.from_pretrained(args.model), args.text, args.samples, args.length, args.seed)
-    modifier = {"gptq": "GPTQModifier", "rtn": "QuantizationModifier"}[args.method]
-    settings = {"config_groups": config_groups(args.group_size, args.observer), "ignore": ["lm_head"]}
-    data = {}
-    if args.method == "gptq":
-        data = {
-            "dataset": Dataset.from_dict({"input_ids": rows}),
-            "num_calibration_samples": len(rows),
-            "max_seq_length": args.length,
-            "shuffle_calibration_samples": False,
-        }
+    data = {} if args.method == "rtn" else calibration(rows)
+    if args.effort is not None:
+        if "effort" not in inspect.signature(oneshot).parameters:
+            raise SystemExit("this bitpress has no --effort")
+        data["effort"] = args.effort
     quantize = timed(
-        lambda: oneshot(model=args.model, recipe={modifier: settings}, output_dir=args.out, seed=args.seed, **data)
+        lambda: oneshot(model=args.model, recipe=recipe(args), output_dir=args.out, seed=args.seed, **data)
     )
-    print_result("bitpress", args, rows, quantize, STARTED)
+    print_result("bitpress", args, rows, quantize, STARTED, effort=args.effort)
 
 
 if __name__ == "__main__":
