@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bitpress import formats
+from bitpress.chain import check_zeros
 from bitpress.errors import NumericsError
 from bitpress.math.grid import Solved, relative_error, settle
 from bitpress.math.masks import pruned
@@ -81,7 +82,7 @@ class Tuning:
             By the linear's name: how it is solved, its error as it is now, and what the report says of the block.
 
         Raises:
-            NumericsError: NaN or infinity in the block's output.
+            NumericsError: NaN or infinity in the block's output, or a mask that is not kept.
         """
         if not self.held:  # experts that none of this block's linears is left without
             return {}
@@ -109,6 +110,8 @@ class Tuning:
         for h in self.held:
             z, grid = found.solved[h.site.key], starts[h.site.key].grid
             z = z if grid is None else settle(z, grid)
+            # a kept weight may have the code of zero: what is zero now is what stays zero
+            check_zeros(h.weight if h.keep is None else h.weight * h.keep, z.dense(), h.site.steps)
             error = relative_error(h.weight.float(), z.dense(), h.gram)
             results[h.site.name] = (replace(z, error=error), says)
         return results

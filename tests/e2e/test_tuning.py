@@ -140,6 +140,27 @@ def test_a_pruned_model_stays_pruned(tmp_path):
             assert not p[model.get_parameter(name) == 0].any(), name
 
 
+PRUNE = {"SparseGPTModifier": {"sparsity": 0.5, "mask_structure": "2:4", "ignore": ["lm_head"]}}
+
+
+@pytest.mark.parametrize("quantizes", [False, True], ids=["dense", "int4"])
+def test_what_is_pruned_in_the_same_stage(quantizes, base, tmp_path):
+    steps = [PRUNE, *([GPTQ] if quantizes else [])]
+    tune = {"TuneModifier": {"iters": 24, "batch_size": 4, "weight_lr": 0.005, "lr": 0.01}}
+    oneshot(base, ROWS, {"modifiers": steps}, output_dir=tmp_path / "solved", **OPTIONS)
+    oneshot(base, ROWS, {"modifiers": [*steps, tune]}, output_dir=tmp_path / "tuned", **OPTIONS)
+    rows = report(tmp_path / "tuned")["layers"]
+    assert {r["method"] for r in rows} == {"sparsegpt+gptq+tune" if quantizes else "sparsegpt+tune"}
+    assert all(r["mask"] == "2:4" and r["tuned"]["after"] < r["tuned"]["before"] for r in rows)
+    load = client if quantizes else client_of_dense
+    before, after = (load(tmp_path / f) for f in ("solved", "tuned"))
+    first = "model.layers.0."  # in later blocks the masks follow from what the blocks before give
+    for name, p in after.named_parameters():
+        if name.endswith("proj.weight"):
+            assert holds(p, Structure(2, 4)), name
+            assert not name.startswith(first) or not p[before.get_parameter(name) == 0].any(), name
+
+
 def test_after_rounding_to_nearest_some_linears_and_not_the_head(base, tmp_path):
     recipe = {"modifiers": [
         {"QuantizationModifier": {"scheme": "W4A16", "group_size": 16}},

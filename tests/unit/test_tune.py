@@ -12,7 +12,7 @@ from bitpress.math.gptq import gptq
 from bitpress.math.grid import Grid, Solved, dequantize, find_qparams, quantize, solved, values_of
 from bitpress.math.masks import Structure, holds, keep_best
 from bitpress.math.stats import InputStats
-from bitpress.math.tune import Settings, Start, ideal_weight, token_weights, tune
+from bitpress.math.tune import Settings, Start, ideal_weight, token_weights, tune, usual_lr
 from bitpress.modifiers import TuneModifier
 from bitpress.recipe import Recipe
 
@@ -237,6 +237,20 @@ def test_scales_can_be_left_alone():
         assert torch.equal(z.qparams.scale, starts[n].solved.qparams.scale)
     only = tune(starts, block.output, block.target, block.lengths, dataclasses.replace(FAST, lr=0.0))
     assert all(torch.equal(z.codes, starts[n].solved.codes) for n, z in only.solved.items())
+
+
+def test_the_usual_learning_rate_is_the_same_part_of_the_range():
+    rates = {bits: usual_lr(Grid(bits, True, None, False, F32)) for bits in (2, 3, 4, 8)}
+    assert rates == {2: 0.012, 3: 0.006, 4: 0.003, 8: 0.003 / 16}
+    assert usual_lr(GRIDS["fp8 block"]) == usual_lr(GRIDS["nvfp4"]) == 0.003
+    block, grid = Block(), Grid(3, True, 8, False, F32)
+    runs = [
+        tune(block.starts(grid), block.output, block.target, block.lengths, dataclasses.replace(FAST, lr=lr))
+        for lr in (None, 0.006)
+    ]
+    assert runs[0].step > 0 and all(
+        torch.equal(runs[0].solved[n].codes, runs[1].solved[n].codes) for n in block.weights
+    )
 
 
 def test_sequences_of_one_step_have_one_length():

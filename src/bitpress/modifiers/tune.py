@@ -28,7 +28,7 @@ class TuneModifier(Modifier):
         iters: gradient steps a block. Default: 200.
         batch_size: sequences in each step. Default: 8.
         lr: how far a code moves in the first step, in distances between codes; it falls to 0 linearly.
-            Default: 0.003.
+            Default: 0.003 at 4 bits, twice as much for every bit less, half as much for every bit more.
         scale_lr: the same for scales, as a share of them. 0 leaves them as they are solved. Default: 0.001.
         weight_lr: the same for weights that are pruned but not quantized, as a share of the root mean square of their
             row. Default: 0.001.
@@ -42,7 +42,7 @@ class TuneModifier(Modifier):
     ignore: Names = dataclasses.field(default_factory=list)
     iters: int = 200
     batch_size: int = 8
-    lr: Float = 0.003
+    lr: Float | None = None
     scale_lr: Float = 0.001
     weight_lr: Float = 0.001
     holdout: Float = 0.125
@@ -61,7 +61,7 @@ class TuneModifier(Modifier):
             if getattr(self, key) < 1:
                 found.append(f"{key}: must be at least 1, got {getattr(self, key)}")
         for key in ("lr", "scale_lr", "weight_lr"):
-            if not 0 <= getattr(self, key) < math.inf:
+            if getattr(self, key) is not None and not 0 <= getattr(self, key) < math.inf:
                 found.append(f"{key}: must be 0 or a positive number, got {getattr(self, key)}")
         if not 0 < self.holdout <= 0.5:
             found.append(f"holdout: must be a share above 0, at most 0.5, got {self.holdout}")
