@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import nn
 
 from bitpress.schemes import QuantArgs, Scheme
@@ -39,8 +38,8 @@ def client_notes(subject: Subject, sites: Sequence[Site], caches: Sequence[Quant
                 f"transformers {what} (it reads symmetric packed integers and fp8, such as W4A16, FP8_DYNAMIC); "
                 "load it with bitpress.transformers"
             )
-        if subject.dtype != torch.bfloat16 and scheme.format.startswith(("nvfp4", "mxfp")):
-            found.append("transformers reads the weights as bfloat16: load it in that, or with bitpress.transformers")
+        if scheme.format.startswith(("nvfp4", "mxfp")):
+            found.append("transformers runs it in bfloat16 only; bitpress.transformers in any dtype")
         notes += [f"{label(group)}: {text}" for text in found if text]
     for cache in dict.fromkeys(caches):
         limits = (_cache_limit(cache), _cache_in_transformers(subject, sites))

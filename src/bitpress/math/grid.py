@@ -27,8 +27,6 @@ from bitpress.math.stats import bfloat16_products
 
 CHUNK = 1 << 20  # weights per chunk of the scale search; 2^17 and less were slower
 SHRINK = tuple(1.06 - 0.03 * k for k in range(22))  # candidate scales, as shares of the min-max scale
-# floats have the same relative step at every scale but for their ends: one octave holds all there is to choose from
-OCTAVE = tuple(1.0 - 0.03 * k for k in range(17))
 # with four bits it pays to let the largest weight be a 4 in place of a 6 (Cook et al. 2025, arXiv 2512.02010)
 FOUR_OR_SIX = tuple(1.56 - 0.06 * k for k in range(16))
 DOUBLINGS = (2.0, 1.0, 0.5)
@@ -89,7 +87,7 @@ class Grid:
         """Candidates of the scale search, as shares of the min-max scale."""
         if self.scales == "power of two":
             return DOUBLINGS
-        return {"int": SHRINK, "e2m1": FOUR_OR_SIX}.get(self.values, OCTAVE)
+        return FOUR_OR_SIX if self.values == "e2m1" else SHRINK
 
     @property
     def fused(self) -> bool:
