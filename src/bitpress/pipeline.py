@@ -362,8 +362,9 @@ def _gather(
                 budget=run.plan.gram_bytes,
                 needs=needs,
                 leave_early=not experts,
-                beside=beside,
-                keep=None if run.full is None else run.full.keep,
+                # with a policy the block's output is not its own: starved experts are run for their statistics only
+                beside=None if policy else beside,
+                keep=None if policy or run.full is None else run.full.keep,
                 unpaired=frozenset(m for m, s in sites.items() if s.expert is not None),
             )
             clock = run.timed("statistics", clock)

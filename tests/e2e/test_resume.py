@@ -199,14 +199,14 @@ def test_killed_while_it_finishes(step, when, base, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 @pytest.mark.parametrize("where", ["folder", "memory"])
-@pytest.mark.parametrize("shards", [0, 1, 2])
-def test_going_on_after_each_shard(shards, where, family, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("shards", "correct"), [(0, 0.0), (1, 0.0), (2, 0.0), (1, 0.5)])
+def test_going_on_after_each_shard(shards, correct, where, family, tmp_path, monkeypatch):
     def given():
         return build(family, torch.bfloat16) if where == "memory" else tmp_path / "base"
 
     if where == "folder":
         save(build(family, torch.bfloat16), tmp_path / "base")
-    recipe = {"GPTQModifier": {"scheme": "W4A16", "group_size": 16}}  # the head too
+    recipe = {"GPTQModifier": {"scheme": "W4A16", "group_size": 16, "correct": correct}}  # the head too
     straight = oneshot(given(), ROWS, recipe, output_dir=tmp_path / "straight", **OPTIONS)
     stop_after(monkeypatch, shards)
     with pytest.raises(Killed):
