@@ -5,7 +5,7 @@ ENVS/gptqmodel/bin/python bench/peer_gptqmodel.py MODEL OUT --text FILE [--sampl
 
 Everything else is GPTQModel's default. OUT/packed is what it saves; OUT holds the same weights, dequantized by
 bench/dense.py, as transformers reads that format only with GPTQModel installed. Its pool for the CPU has one thread
-by default on two cores and then waits for itself; GPTQMODEL_CPU_WORKERS, 2 unless it is set, gives it more.
+by default on two cores; GPTQMODEL_CPU_WORKERS, 2 unless it is set, says how many.
 """
 
 from __future__ import annotations
