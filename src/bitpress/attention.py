@@ -10,15 +10,17 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bitpress.math.stats import bfloat16_products, mode_is_exact
+from bitpress.threads import together, workers
 
 SLICE = 64  # queries a slice: shorter ones save more of the upper triangle, but are slower a flop
-SCORES = 1 << 20  # at work at a time, so that they stay in the cache
+SCORES = 1 << 20  # at work at a time in a thread, so that they stay in the cache
 
 
 def implementation(config: Any, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -96,25 +98,30 @@ def causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None
     B, H, L, D = query.shape
     K, E = value.shape[1], value.shape[-1]
     scale = (D**-0.5 if scale is None else scale) * math.log2(math.e)  # exp2 is faster than exp
-    one = H // K * min(SLICE, L) * L  # scores of one key head and slice, at most
-    heads = min(B * K, max(1, SCORES // one))
-    q = query.reshape(B * K, H // K, L, D)
-    k, v = key.reshape(B * K, L, D), value.reshape(B * K, L, E)
-    later = torch.full((SLICE, SLICE), -math.inf, device=query.device).triu_(1)
-    buffer = query.new_empty(heads * one, dtype=torch.float32)
+    q, k, v = query.reshape(B * K, H // K, L, D), key.reshape(B * K, L, D), value.reshape(B * K, L, E)
     out = query.new_empty(B * K, H // K, L, E)
+    heads = max(1, SCORES // (H // K * min(SLICE, L) * L))
+    count = -(-B * K // heads)  # of parts; every thread gets as many
+    heads = -(-B * K // (-(-count // workers()) * workers()))
+    parts = [slice(first, first + heads) for first in range(0, B * K, heads)]
     with bfloat16_products(True):
-        for first in range(0, B * K, heads):
-            some = slice(first, first + heads)
-            keys, values = k[some].float().transpose(1, 2), v[some].float()
-            for lo in range(0, L, SLICE):
-                hi = min(lo + SLICE, L)
-                asked = q[some, :, lo:hi].float().flatten(1, 2)  # (n, H/K * rows, D)
-                shape = (*asked.shape[:2], hi)
-                scores = buffer[: math.prod(shape)].view(shape)
-                torch.baddbmm(scores, asked, keys[:, :, :hi], beta=0, alpha=scale, out=scores)
-                scores.view(-1, H // K, hi - lo, hi)[..., lo:].add_(later[: hi - lo, : hi - lo])
-                scores.sub_(scores.amax(-1, keepdim=True)).exp2_()
-                mixed = torch.bmm(scores, values[:, :hi]).div_(scores.sum(-1, keepdim=True))
-                out[some, :, lo:hi] = mixed.view(-1, H // K, hi - lo, E)
+        together([partial(_some_heads, q[p], k[p], v[p], scale, out[p]) for p in parts])
     return out.view(B, H, L, E).transpose(1, 2).contiguous()
+
+
+def _some_heads(query: Tensor, key: Tensor, value: Tensor, scale: float, out: Tensor) -> None:
+    """As `causal`, for n heads of the key: query (n, H/K, L, D), key (n, L, D), value (n, L, E); `scale` of exp2."""
+    n, times, L, _ = query.shape
+    keys, values = key.float().transpose(1, 2), value.float()
+    later = torch.full((SLICE, SLICE), -math.inf, device=query.device).triu_(1)
+    buffer = query.new_empty(n * times * min(SLICE, L) * L, dtype=torch.float32)
+    for lo in range(0, L, SLICE):
+        hi = min(lo + SLICE, L)
+        rows = times * (hi - lo)
+        asked = query[:, :, lo:hi].float().flatten(1, 2)  # (n, rows, D)
+        scores = buffer[: n * rows * hi].view(n, rows, hi)
+        torch.baddbmm(scores, asked, keys[:, :, :hi], beta=0, alpha=scale, out=scores)
+        scores.view(n, times, hi - lo, hi)[..., lo:].add_(later[: hi - lo, : hi - lo])
+        scores.sub_(scores.amax(-1, keepdim=True)).exp2_()
+        mixed = torch.bmm(scores, values[:, :hi]).div_(scores.sum(-1, keepdim=True))
+        out[:, :, lo:hi] = mixed.view(n, times, hi - lo, -1)

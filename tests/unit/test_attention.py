@@ -59,6 +59,22 @@ def test_equals_float64(shape, scale, scores, monkeypatch):
     assert all(torch.equal(t, b) for t, b in zip((query, key, value), before, strict=True))
 
 
+@pytest.mark.parametrize(
+    "shape", [{"batch": 1, "key_heads": 1}, {"batch": 5}, {"batch": 3, "heads": 3, "key_heads": 3}]
+)
+def test_the_number_of_threads_does_not_matter(shape, monkeypatch):
+    monkeypatch.setattr(attention, "SCORES", 2000)
+    inputs = tensors(length=70, **shape)
+    before, outputs = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            outputs.append(causal(*inputs))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+
+
 def test_large_scores():
     query, key, value = tensors(length=70)
     out = causal(query * 100, key * 100, value)
