@@ -112,6 +112,7 @@ def test_one_stage(base, tmp_path, quantizer, symmetric):
 
 def test_all_stages_in_one_call_and_what_comes_back(base, tmp_path):
     oneshot(base, recipe=SPARSITY + QUANTIZATION, output_dir=tmp_path / "both", **DATA)
+    # each stage reads the checkpoint of the one before: the last one finds the zeros there
     assert {(r["method"], r["mask"]) for r in rows_of(tmp_path / "both").values()} == {("gptq", "2:4")}
     assert_two_of_four(linears(client(tmp_path / "both")), exactly=False)
     pruned = oneshot(base, recipe=SPARSITY, output_dir=tmp_path / "pruned", **DATA)
