@@ -16,7 +16,7 @@ from bitpress.foldprobe import Found, find_folds
 from bitpress.folds import Fold, channels, expand, pattern, signature
 from bitpress.modifiers.base import LinearModifier, Modifier, names
 from bitpress.modifiers.smoothing import Pair, ScaleModifier
-from bitpress.sites import Site, brief, disk_module
+from bitpress.sites import Site, brief, dense_site, disk_module, linears_of
 from bitpress.subject import Subject
 from bitpress.targets import match
 from bitpress.verified import tiny_copy
@@ -69,6 +69,8 @@ def find_smoothing(
         return made
     in_blocks = [_BlockFolds(subject, i, probed[signature(b)]) for i, b in enumerate(subject.blocks.modules)]
     quantized = {s.module for s in sites if s.group is not None}
+    if not any(isinstance(m, LinearModifier) and m.claims() for m in modifiers):
+        quantized = {n for n, _ in linears_of(subject)}  # the stage leaves them dense; a later one may quantize
     for modifier in scaling:
         chosen = _Choice(modifier, subject, quantized)
         for i, block in enumerate(in_blocks):
@@ -80,7 +82,7 @@ def find_smoothing(
 
 
 def smoothed_sites(sites: Sequence[Site], smoothing: Smoothing, subject: Subject) -> list[Site]:
-    """The sites with the modifiers that scale what they read."""
+    """The sites with the modifiers that scale what they read; in a stage that only smooths, sites without steps."""
     by_module: dict[str, list[ScaleModifier]] = {}
     for index, uses in enumerate(smoothing.uses):
         for use in uses:
@@ -88,6 +90,8 @@ def smoothed_sites(sites: Sequence[Site], smoothing: Smoothing, subject: Subject
                 mine = by_module.setdefault(subject.blocks.prefix(index) + name, [])
                 if not any(m is use.modifier for m in mine):
                     mine.append(use.modifier)
+    if not sites:
+        sites = [dense_site(subject, n, m) for n, m in linears_of(subject) if n in by_module]
     return [replace(s, smoothing=tuple(by_module.get(s.module, ()))) for s in sites]
 
 
@@ -106,7 +110,7 @@ def _order_faults(modifiers: Sequence[Modifier]) -> list[str]:
         if earlier:
             first = type(earlier[0]).__name__
             faults.append(f"{type(modifier).__name__}: must come before {first}, which compresses what it would scale")
-        elif not later:
+        elif not later and modifier.for_rounding:
             faults.append(f"{type(modifier).__name__}: nothing after it quantizes; add a quantizer to the stage")
     return faults
 
