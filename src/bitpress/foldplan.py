@@ -76,7 +76,9 @@ def find_smoothing(
         for i, block in enumerate(in_blocks):
             made.uses[i] += chosen.of(block)
         made.faults += chosen.faults()
-        made.notes += [f"{type(modifier).__name__}.{n}" for n in modifier.notes() if not _noted_by_sites(modifier)]
+        if not isinstance(modifier, LinearModifier):  # else find_sites has given its notes
+            made.notes += [f"{chosen.kind}.{n}" for n in modifier.notes()]
+        made.notes += _idle_ignores(modifier, subject)
         made.notes += chosen.notes()
     return made
 
@@ -95,8 +97,16 @@ def smoothed_sites(sites: Sequence[Site], smoothing: Smoothing, subject: Subject
     return [replace(s, smoothing=tuple(by_module.get(s.module, ()))) for s in sites]
 
 
-def _noted_by_sites(modifier: Modifier) -> bool:
-    return isinstance(modifier, LinearModifier)  # find_sites gives its notes
+def _idle_ignores(modifier: ScaleModifier, subject: Subject) -> list[str]:
+    """Notes of ignored names that no module has, but for the output head, which every recipe leaves out."""
+    if isinstance(modifier, LinearModifier) and modifier.claims():
+        return []  # find_sites says so
+    named = [(n, disk_module(subject, n), type(m).__name__) for n, m in subject.model.named_modules() if n]
+    return [
+        f"{type(modifier).__name__}.ignore: '{p}' matches nothing"
+        for p in names(modifier.ignore)
+        if p != "lm_head" and not any(match(n, kind, [p]) for *both, kind in named for n in both)
+    ]
 
 
 def _order_faults(modifiers: Sequence[Modifier]) -> list[str]:

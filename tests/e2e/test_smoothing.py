@@ -343,7 +343,7 @@ def test_faults_of_awq(keys, fault):
 def test_keys_without_effect_are_said(tmp_path):
     base = save(with_outliers(), tmp_path / "base")
     recipe = [
-        SmoothQuantModifier(num_calibration_steps=8),
+        SmoothQuantModifier(num_calibration_steps=8, ignore=["lm_head", "input_layernormm"]),
         AWQModifier(offload_device="cpu", sequential_targets=["LlamaDecoderLayer"]),
         W8,
     ]
@@ -352,6 +352,7 @@ def test_keys_without_effect_are_said(tmp_path):
     for key in ("SmoothQuantModifier.num_calibration_steps", "AWQModifier.offload_device", "sequential_targets"):
         assert f"{key}: has no effect" in notes
     assert "AWQModifier: scales input_layernorm -> self_attn.q_proj" in notes
+    assert "SmoothQuantModifier.ignore: 'input_layernormm' matches nothing" in notes and "'lm_head'" not in notes
 
 
 def test_what_cannot_be_scaled_is_said(tmp_path):
