@@ -65,7 +65,11 @@ def solve(
     for before, after in zip(current, solved, strict=True):
         check_zeros(before, after.dense(), steps)
     gram = None if stats is None else stats.gram
-    if len(steps) == 1 and group_of_all is not None and (gram is None or "gram" in steps[0].modifier.needs):
+    if (
+        len(steps) == 1
+        and group_of_all is not None
+        and (gram is None or "gram" in _quantizer(steps[0])[0].weights_need)
+    ):
         return solved
     return [replace(z, error=relative_error(w, z.dense(), gram)) for w, z in zip(weights, solved, strict=True)]
 

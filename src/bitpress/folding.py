@@ -97,7 +97,8 @@ class Folding:
         """The weights to be balanced, or evenly spread rows of them where the modifier needs no more."""
         names = use.balance
         step = 1
-        if use.modifier.most_rows is not None and not any(self._grid(n).per_tensor for n in names):
+        grids = [self._grid(n) for n in names]
+        if use.modifier.most_rows is not None and not any(g and (g.per_tensor or g.block_rows > 1) for g in grids):
             step = -(-sum(len(self._weight(n)) for n in names) // use.modifier.most_rows)
         if step > min(len(self._weight(n)) for n in names):  # many small experts: whole ones are left out
             names, step = names[::step], 1
@@ -106,10 +107,9 @@ class Folding:
             observer = "minmax" if site.group is None else site.group.observer
             yield Reader(self._scaled(name, step), self._grid(name), observer)
 
-    def _grid(self, name: str) -> Grid:
+    def _grid(self, name: str) -> Grid | None:
         site = self.sites[name]
-        assert site.scheme is not None
-        return formats.grid_of(site.scheme, site.dtype)
+        return None if site.scheme is None else formats.grid_of(site.scheme, site.dtype)
 
     def _scaled(self, name: str, step: int = 1) -> Tensor:
         """Rows of a weight with the scales so far, float32."""

@@ -16,7 +16,7 @@ from bitpress.foldprobe import Found, find_folds
 from bitpress.folds import Fold, channels, expand, pattern, signature
 from bitpress.modifiers.base import LinearModifier, Modifier, names
 from bitpress.modifiers.smoothing import Pair, ScaleModifier
-from bitpress.sites import Site, brief, disk_module
+from bitpress.sites import Site, brief, dense_site, disk_module, linears_of
 from bitpress.subject import Subject
 from bitpress.targets import match
 from bitpress.verified import tiny_copy
@@ -69,18 +69,22 @@ def find_smoothing(
         return made
     in_blocks = [_BlockFolds(subject, i, probed[signature(b)]) for i, b in enumerate(subject.blocks.modules)]
     quantized = {s.module for s in sites if s.group is not None}
+    if not any(isinstance(m, LinearModifier) and m.claims() for m in modifiers):
+        quantized = {n for n, _ in linears_of(subject)}  # the stage leaves them dense; a later one may quantize
     for modifier in scaling:
         chosen = _Choice(modifier, subject, quantized)
         for i, block in enumerate(in_blocks):
             made.uses[i] += chosen.of(block)
         made.faults += chosen.faults()
-        made.notes += [f"{type(modifier).__name__}.{n}" for n in modifier.notes() if not _noted_by_sites(modifier)]
+        if not isinstance(modifier, LinearModifier):  # else find_sites has given its notes
+            made.notes += [f"{chosen.kind}.{n}" for n in modifier.notes()]
+        made.notes += _idle_ignores(modifier, subject)
         made.notes += chosen.notes()
     return made
 
 
 def smoothed_sites(sites: Sequence[Site], smoothing: Smoothing, subject: Subject) -> list[Site]:
-    """The sites with the modifiers that scale what they read."""
+    """The sites with the modifiers that scale what they read; in a stage that only smooths, sites without steps."""
     by_module: dict[str, list[ScaleModifier]] = {}
     for index, uses in enumerate(smoothing.uses):
         for use in uses:
@@ -88,11 +92,21 @@ def smoothed_sites(sites: Sequence[Site], smoothing: Smoothing, subject: Subject
                 mine = by_module.setdefault(subject.blocks.prefix(index) + name, [])
                 if not any(m is use.modifier for m in mine):
                     mine.append(use.modifier)
+    if not sites:
+        sites = [dense_site(subject, n, m) for n, m in linears_of(subject) if n in by_module]
     return [replace(s, smoothing=tuple(by_module.get(s.module, ()))) for s in sites]
 
 
-def _noted_by_sites(modifier: Modifier) -> bool:
-    return isinstance(modifier, LinearModifier)  # find_sites gives its notes
+def _idle_ignores(modifier: ScaleModifier, subject: Subject) -> list[str]:
+    """Notes of ignored names that no module has, but for the output head, which every recipe leaves out."""
+    if isinstance(modifier, LinearModifier) and modifier.claims():
+        return []  # find_sites says so
+    named = [(n, disk_module(subject, n), type(m).__name__) for n, m in subject.model.named_modules() if n]
+    return [
+        f"{type(modifier).__name__}.ignore: '{p}' matches nothing"
+        for p in names(modifier.ignore)
+        if p != "lm_head" and not any(match(n, kind, [p]) for *both, kind in named for n in both)
+    ]
 
 
 def _order_faults(modifiers: Sequence[Modifier]) -> list[str]:
@@ -106,7 +120,7 @@ def _order_faults(modifiers: Sequence[Modifier]) -> list[str]:
         if earlier:
             first = type(earlier[0]).__name__
             faults.append(f"{type(modifier).__name__}: must come before {first}, which compresses what it would scale")
-        elif not later:
+        elif not later and modifier.for_rounding:
             faults.append(f"{type(modifier).__name__}: nothing after it quantizes; add a quantizer to the stage")
     return faults
 

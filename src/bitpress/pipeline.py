@@ -300,15 +300,17 @@ def _solve_sites(
                 held.append((stats, readers, policy))
 
         others = {m: None for m in folding.witnesses if m not in by_module}
-        if not gather(by_module, others, decide):
+        if not gather(by_module, others, decide, phase="smooth"):
             held = None  # memory does not hold them all: they are collected again
         clock = time.perf_counter()
         folding.settle(_first(run, states))
         run.timed("smooth", clock)
-        if held is None:
-            gather(by_module, {}, solve)
+        clock = time.perf_counter()
         while held:
             solve(*held.pop(0))
+        run.timed("solve", clock)
+        if held is None:
+            gather(by_module, {}, solve)
     clock = time.perf_counter()
     free: dict[str, list[Site]] = {}
     for site in sites:
@@ -325,13 +327,20 @@ Take = Callable[[InputStats, Sequence[str], str], None]
 
 
 def _gather(
-    run: Run, index: int | None, states: HiddenStates, sites: dict[str, Site], others: dict[str, None], take: Take
+    run: Run,
+    index: int | None,
+    states: HiddenStates,
+    sites: dict[str, Site],
+    others: dict[str, None],
+    take: Take,
+    phase: str = "solve",
 ) -> bool:
     """Hand over the statistics of every distinct input, with the module names of those that read it.
 
     Args:
         sites: by module name.
         others: module names of more that read one, which are not compressed.
+        phase: to which the time of `take` is counted.
 
     Returns:
         Whether one pass of each kind held all of them.
@@ -377,7 +386,7 @@ def _gather(
                     starved += readers
                 else:
                     take(stats, readers, policy)
-            run.timed("solve", clock)
+            run.timed(phase, clock)
             for module in (m for m in waiting if m not in met):
                 if module not in sites or sites[module].expert is None or policy:
                     name = sites[module].name if module in sites else module

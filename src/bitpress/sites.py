@@ -202,18 +202,14 @@ def find_sites(modifiers: Sequence[Any], subject: Subject) -> tuple[list[Site], 
                 if why := _left_out(name, module, inside, head):
                     outside.setdefault(why, []).append(name)
                     continue
-                rest = name.removeprefix(inside)
-                block = int(rest.split(".")[0]) if name.startswith(inside) else None
+                site = dense_site(subject, name, module)
                 ranks[name] = rank
                 try:
-                    step = Step(modifier, group, _sparsity(modifier, group, block, len(subject.blocks)))
+                    step = Step(modifier, group, _sparsity(modifier, group, site.block, len(subject.blocks)))
                 except PlanError as error:
                     faults += [f for p in error.problems if (f := f"{kind}.{p}") not in faults]
                     step = Step(modifier, group)
-                mine[name] = Site(
-                    disk_module(subject, name), name, block, module.out_features, module.in_features,
-                    (step,), _expert_of(subject, name), subject.dtype,
-                )  # fmt: skip
+                mine[name] = replace(site, steps=(step,))
         used = {site.steps[0].claim.name for site in mine.values()}
         mine = {name: site for name, site in mine.items() if not modifier.leaves(site.steps[0].claim)}
         if mine:
@@ -235,6 +231,16 @@ def find_sites(modifiers: Sequence[Any], subject: Subject) -> tuple[list[Site], 
         notes.append(f"{left[0]}{more}: {why}, left as it is")
     order = {name: i for i, (name, _) in enumerate(linears)}
     return sorted(claimed.values(), key=lambda s: order[s.module]), faults, notes
+
+
+def dense_site(subject: Subject, name: str, module: nn.Linear) -> Site:
+    """A linear with nothing done to it yet."""
+    inside = subject.blocks.path + "."
+    block = int(name.removeprefix(inside).split(".")[0]) if name.startswith(inside) else None
+    return Site(
+        disk_module(subject, name), name, block, module.out_features, module.in_features, (),
+        _expert_of(subject, name), subject.dtype,
+    )  # fmt: skip
 
 
 def _sparsity(modifier: LinearModifier, claim: Claim, block: int | None, blocks: int) -> float | None:

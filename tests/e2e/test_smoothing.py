@@ -13,8 +13,10 @@ from bitpress import NumericsError, PlanError, RecipeError, chain, oneshot, outp
 from bitpress.folds import Fold
 from bitpress.math.grid import Solved
 from bitpress.modifiers.awq import AWQMapping, AWQModifier
+from bitpress.modifiers.obcq import SparseGPTModifier
 from bitpress.modifiers.quantization import GPTQModifier, QuantizationModifier
 from bitpress.modifiers.smoothquant import SmoothQuantModifier
+from bitpress.transformers import SparseAutoModelForCausalLM
 from conftest import FAMILIES, build, save, token_rows
 from helpers import assert_same_tensors, client, logits, tensors
 
@@ -136,12 +138,13 @@ def test_resumed_after_every_block_it_ends_with_the_same_bytes(family, name, tmp
 def test_little_memory_gives_the_same_bytes(family, tmp_path, monkeypatch):
     """Statistics that are not held at once are collected again once the scales are known."""
     base = save(with_outliers(family), tmp_path / "base")
-    run(base, RECIPES["awq, then gptq"], tmp_path / "a")
+    recipe = [AWQModifier(n_grid=5), GPTQModifier(scheme="W4A16", correct=0.5, **G16)]
+    run(base, recipe, tmp_path / "a")
     from bitpress import plan
 
     real = plan.budget
     monkeypatch.setattr(plan, "budget", lambda *a, **k: {**real(*a, **k), "gram_bytes": 1})
-    run(base, RECIPES["awq, then gptq"], tmp_path / "b")
+    run(base, recipe, tmp_path / "b")
     assert_same_tensors(tensors(tmp_path / "b"), tensors(tmp_path / "a"))
 
 
@@ -152,6 +155,56 @@ def test_both_kinds_of_smoothing_in_one_stage(tmp_path):
     assert {r["method"] for r in report(tmp_path / "out")["layers"]} == {"smoothquant+awq+rtn"}
     original = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     assert distance(client(tmp_path / "out", torch.float32), original) < 0.06
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    {
+        "clip off": [AWQModifier(scheme="W4A16", clip=False, **G16)],
+        "floats of two levels": [AWQModifier(scheme="NVFP4A16", ignore=["lm_head"])],
+        "floats by channel": [AWQModifier(), QuantizationModifier(scheme="FP8_DYNAMIC", ignore=["lm_head"])],
+        "static inputs": [SmoothQuantModifier(), GPTQModifier(scheme="FP8", ignore=["lm_head"])],
+        "pruned too": [AWQModifier(n_grid=5), SparseGPTModifier(sparsity=0.5, mask_structure="2:4", ignore=["lm_head"]),
+                       GPTQModifier(scheme="W4A16", **G16)],
+        "log": [SmoothQuantModifier(algorithm="log_equalization"),
+                QuantizationModifier(scheme="W8A8", ignore=["lm_head"])],
+    }.items(),
+    ids=lambda item: item[0],
+)  # fmt: skip
+def test_with_every_kind_of_quantizer(recipe, tmp_path):
+    base = save(build("llama", torch.bfloat16), tmp_path / "base")
+    run(base, recipe[1], tmp_path / "out")
+    rows = report(tmp_path / "out")["layers"]
+    assert all(r["error_of"] == "output" or "smoothquant" in r["method"] for r in rows)
+    assert all(0 < r["rel_error"] < (0.5 if "pruned" in recipe[0] else 0.05) for r in rows)
+    if "pruned" in recipe[0]:
+        assert all(abs(r["sparsity"] - 0.5) < 0.1 for r in rows)
+    original = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    new = SparseAutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    assert distance(new, original) < (0.9 if "pruned" in recipe[0] else 0.35)
+
+
+def test_a_stage_that_only_smooths(tmp_path):
+    """It writes a dense model that computes the same, for a later stage or another tool to quantize."""
+    base = save(with_outliers(dtype=torch.float32), tmp_path / "base")
+    recipe = {
+        "smooth_stage": {"smooth_modifiers": {"SmoothQuantModifier": {"smoothing_strength": 0.8}}},
+        "quant_stage": {"quant_modifiers": {"GPTQModifier": {"scheme": "W8A8", "ignore": ["lm_head"]}}},
+    }
+    run(base, recipe, tmp_path / "out", stage="smooth_stage")
+    out = tmp_path / "out/smooth_stage"
+    original, smooth = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32).eval() for f in (base, out))
+    before, after = tensors(base), tensors(out)
+    assert before.keys() == after.keys() and not torch.equal(before[NORM], after[NORM])
+    assert distance(smooth, original) < 1e-4
+    assert {r["method"] for r in report(out)["layers"]} == {"smoothquant"}
+
+    run(base, recipe, tmp_path / "whole")
+    assert torch.equal(tensors(tmp_path / "whole")[NORM], after[NORM])
+    assert distance(client(tmp_path / "whole", torch.float32), original) < 0.06
+
+
+NORM = "model.layers.0.input_layernorm.weight"
 
 
 def test_a_producer_that_is_not_compressed_is_scaled_exactly(tmp_path):
@@ -290,7 +343,7 @@ def test_faults_of_awq(keys, fault):
 def test_keys_without_effect_are_said(tmp_path):
     base = save(with_outliers(), tmp_path / "base")
     recipe = [
-        SmoothQuantModifier(num_calibration_steps=8),
+        SmoothQuantModifier(num_calibration_steps=8, ignore=["lm_head", "input_layernormm"]),
         AWQModifier(offload_device="cpu", sequential_targets=["LlamaDecoderLayer"]),
         W8,
     ]
@@ -299,6 +352,7 @@ def test_keys_without_effect_are_said(tmp_path):
     for key in ("SmoothQuantModifier.num_calibration_steps", "AWQModifier.offload_device", "sequential_targets"):
         assert f"{key}: has no effect" in notes
     assert "AWQModifier: scales input_layernorm -> self_attn.q_proj" in notes
+    assert "SmoothQuantModifier.ignore: 'input_layernormm' matches nothing" in notes and "'lm_head'" not in notes
 
 
 def test_what_cannot_be_scaled_is_said(tmp_path):

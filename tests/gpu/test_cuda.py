@@ -69,6 +69,26 @@ def test_a_run(family, tmp_path):
         assert cuda["rel_error"] == pytest.approx(cpu["rel_error"], rel=0.35, abs=1e-4), cpu["name"]
 
 
+SMOOTHING = {
+    "awq": {"AWQModifier": {"scheme": "W4A16_ASYM", "group_size": 16, "ignore": ["lm_head"]}},
+    "smoothquant": {"SmoothQuantModifier": {}, "GPTQModifier": {"scheme": "W8A8", "ignore": ["lm_head"]}},
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "phi3", "mixtral"])
+@pytest.mark.parametrize("name", SMOOTHING)
+def test_smoothing(name, family, tmp_path):
+    base = save(build(family, torch.bfloat16), tmp_path / "base")
+    rows = {}
+    for device in ("cpu", "cuda"):
+        options = {"max_seq_length": 32, "num_calibration_samples": 12, "device": device}
+        oneshot(base, token_rows(), SMOOTHING[name], output_dir=tmp_path / device, **options)
+        rows[device] = json.loads((tmp_path / device / "report.json").read_text())["layers"]
+    for cpu, cuda in zip(rows["cpu"], rows["cuda"], strict=True):
+        assert cpu["method"] == cuda["method"] and cpu["method"].startswith(name)
+        assert cuda["rel_error"] == pytest.approx(cpu["rel_error"], rel=0.35, abs=1e-4), cpu["name"]
+
+
 def test_a_model_in_memory_comes_back_to_its_device(tmp_path):
     model = build("llama", torch.bfloat16)
     assert mismatch(model) == 0

@@ -11,15 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from bitpress.math.grid import CHUNK, SHRINK, Grid, QParams, Solved, dequantize, find_qparams, quantize, solved
+from bitpress.math.grid import CHUNK, Grid, QParams, Solved, dequantize, find_qparams, least, quantize, solved
 from bitpress.math.stats import bfloat16_products
 
 SMALLEST = 1e-4  # of a scale before normalization
-CLIP = tuple(k for k in SHRINK if k <= 1)  # shares of the full range; above 1 nothing would be clipped
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def best_scale(readers: Sequence[Reader], gram: Tensor, columns: Tensor, curves:
         curves: scales (P,) in the order of their ratio, see `candidates`.
     """
     best = torch.ones(int(columns.max()) + 1, device=columns.device)
-    least = rounding_error(readers, gram, None)
+    smallest = rounding_error(readers, gram, None)
     for curve in curves:
         errors: dict[int, float] = {}
         for step in (4, 2, 1):
@@ -60,8 +60,8 @@ def best_scale(readers: Sequence[Reader], gram: Tensor, columns: Tensor, curves:
                 if 0 <= i < len(curve) and i not in errors:
                     errors[i] = rounding_error(readers, gram, curve[i][columns])
         lowest = min(errors, key=errors.__getitem__)
-        if errors[lowest] < least:
-            best, least = curve[lowest], errors[lowest]
+        if errors[lowest] < smallest:
+            best, smallest = curve[lowest], errors[lowest]
     return best
 
 
@@ -130,29 +130,30 @@ def relative_weight(readers: Sequence[Reader]) -> Tensor:
     return torch.stack(shares).sum(0) / rows
 
 
-def clipped(weight: Tensor, grid: Grid, gram: Tensor) -> Solved:
-    """Round to nearest with each group's range shrunk to the share in `CLIP` that errs least in the output.
+def clipped(weights: Sequence[Tensor], grid: Grid, gram: Tensor) -> list[Solved]:
+    """Round to nearest with each group's range shrunk to the share, of `grid.shares`, that errs least in the output.
 
     A group's error is dw G_gg dw^T with its own block of the Gram matrix: what the paper measures on samples.
 
     Args:
-        weight: (R, C) float32.
-        gram: (C, C) of its input.
+        weights: each (R_i, C) float32; on a fused grid they share what must be shared, see `grid.find_all`.
+        gram: (C, C) of their input.
     """
-    R, C = weight.shape
-    G = grid.groups(C)
-    size = C // G
-    blocks = torch.stack([gram[g * size : (g + 1) * size, g * size : (g + 1) * size] for g in range(G)])
-    tried = [find_qparams(weight, grid, share=share) for share in CLIP]
-    losses = torch.stack([_group_errors(weight, q, grid, blocks) for q in tried])
-    if grid.per_tensor:
-        losses = losses.sum((1, 2), keepdim=True).expand(-1, R, G)
-    best = losses.argmin(0, keepdim=True)
-    scale = torch.stack([q.scale for q in tried]).gather(0, best)[0]
-    zeros = [q.zero_point for q in tried if q.zero_point is not None]
-    zero = torch.stack(zeros).gather(0, best)[0] if zeros else None
-    qparams = QParams(scale, zero)
-    return solved(weight, quantize(weight, qparams, grid), qparams, gram)
+    if grid.fused and len(weights) > 1:
+        (both,) = clipped([torch.cat(list(weights))], grid, gram)
+        ends = list(accumulate(len(w) for w in weights))
+        parts = [both.quantized[1].rows(end - len(w), end) for w, end in zip(weights, ends, strict=True)]
+        return [solved(w, quantize(w, q, grid), q, gram) for w, q in zip(weights, parts, strict=True)]
+    G = grid.groups(len(gram))
+    blocks = torch.stack(
+        [part[:, at] for part, at in zip(gram.chunk(G), torch.arange(len(gram)).chunk(G), strict=True)]
+    )
+    out = []
+    for w in weights:
+        tried = [find_qparams(w, grid, share=share) for share in grid.shares]
+        qparams = least(tried, [_group_errors(w, q, grid, blocks) for q in tried], grid)
+        out.append(solved(w, quantize(w, qparams, grid), qparams, gram))
+    return out
 
 
 def _group_errors(weight: Tensor, qparams: QParams, grid: Grid, blocks: Tensor) -> Tensor:

@@ -235,11 +235,16 @@ def find_qparams(
         importance = torch.ones(C, device=weight.device)
     importance = importance.reshape(1, G, C // G).float()
     candidates = [_from_range(low * share, high * share, grid, top) for share in grid.shares]
-    losses = [_shared(_squared_error(grouped, c, importance, grid), grid, torch.sum) for c in candidates]
-    best = torch.stack(losses).argmin(0, keepdim=True)
+    return least(candidates, [_squared_error(grouped, c, importance, grid) for c in candidates], grid)
+
+
+def least(candidates: Sequence[QParams], losses: Sequence[Tensor], grid: Grid) -> QParams:
+    """Of parameters that differ in their scales, for each scale the one with the least loss (R, G)."""
+    shared = [_shared(loss, grid, torch.sum) for loss in losses]
+    best = torch.stack(shared).argmin(0, keepdim=True)
     scale = torch.stack([c.scale for c in candidates]).gather(0, best)[0]
     if grid.symmetric:
-        return QParams(scale, None, top)
+        return QParams(scale, None, candidates[0].global_scale)
     zeros = torch.stack([c.zero_point for c in candidates if c.zero_point is not None])
     return QParams(scale, zeros.gather(0, best)[0])
 

@@ -38,7 +38,7 @@ class AWQModifier(ScaleModifier, QuantizationModifier):
         ignore: linears that are not quantized, and layers whose output is not to be scaled. Default: none.
         group_size: input columns per scale in place of the preset's; -1 is one scale per output channel.
             Default: the preset's.
-        kv_cache_scheme: not implemented yet. Default: none.
+        kv_cache_scheme: how keys and values are cached, see `QuantizationModifier`. Default: none.
         observer: how ranges are chosen where `clip` is off: "minmax" or "mse". Default: "minmax".
         clip: shrink each group's range where that lowers the error of the output. Only with scheme or config_groups:
             GPTQ searches its scales by itself. Default: true.
@@ -54,6 +54,7 @@ class AWQModifier(ScaleModifier, QuantizationModifier):
     """
 
     smoothing: ClassVar[str] = "awq"
+    for_rounding: ClassVar[bool] = True
     most_rows: ClassVar[int | None] = 512  # more rows choose the same scales
 
     clip: bool = True
@@ -69,7 +70,11 @@ class AWQModifier(ScaleModifier, QuantizationModifier):
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"gram", "mean"})
+        return super().needs | {"gram", "mean"}
+
+    @property
+    def weights_need(self) -> frozenset[str]:
+        return frozenset({"gram"} if self.clip else ())
 
     def claims(self) -> tuple[Claim, ...]:
         return super().claims() if self.rounds else ()
@@ -121,8 +126,8 @@ class AWQModifier(ScaleModifier, QuantizationModifier):
         self, weights: Sequence[Tensor], stats: InputStats | None, group: SchemeGroup, grid: Grid
     ) -> list[Solved]:
         from bitpress.math.awq import clipped
-        from bitpress.math.rtn import round_to_nearest
 
-        if self.clip and stats is not None:
-            return [clipped(w, grid, stats.needed_gram) for w in weights]
-        return [round_to_nearest(w, grid, observer=group.observer) for w in weights]
+        if not self.clip:
+            return super().solve(weights, stats, group, grid)
+        assert stats is not None
+        return clipped(weights, grid, stats.needed_gram)

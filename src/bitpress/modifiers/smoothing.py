@@ -63,6 +63,8 @@ class ScaleModifier(SmoothingModifier):
     """A smoothing modifier that chooses one scale per channel of every fold; see `bitpress.folds`."""
 
     smoothing: ClassVar[str] = ""
+    # its scales depend on the grid to which the weights are rounded next
+    for_rounding: ClassVar[bool] = False
 
     mappings: Mappings | None = None
     ignore: Names = dataclasses.field(default_factory=list)
