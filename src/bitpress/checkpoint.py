@@ -28,7 +28,14 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
 # what a checkpoint carries besides weights, config and index: tokenizer, templates, remote code, licence
 COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.py", "*.md", "*.tiktoken", "LICENSE*", "NOTICE*")
-NOT_COMPANIONS = ("config.json", INDEX, "report.json", "trainer_state.json", "training_args.bin")
+NOT_COMPANIONS = (
+    "config.json",
+    INDEX,
+    "pytorch_model.bin.index.json",
+    "report.json",
+    "trainer_state.json",
+    "training_args.bin",
+)
 
 
 class Source:

@@ -5,12 +5,12 @@ Exit codes: 0 done; 1 a fault of input or data, told in one message; 2 wrong usa
 
 from __future__ import annotations
 
-import inspect as introspection
 import json
 import os
 import sys
 from collections.abc import Callable
 from enum import StrEnum
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +19,7 @@ from rich.console import Console
 
 from bitpress import __version__
 from bitpress.errors import BitpressError, ConfigError
-from bitpress.progress import Lines, Live, Progress
+from bitpress.progress import choose_progress
 
 app = typer.Typer(
     help="Compress language models for vLLM and transformers.",
@@ -126,8 +126,8 @@ def run_arguments(
 
 def _with_run_arguments(command: Callable[..., None]) -> Callable[..., None]:
     """The command with the options of `run_arguments` besides its own; it gets what they mean as `arguments`."""
-    own = {n: p for n, p in introspection.signature(command, eval_str=True).parameters.items() if n != "arguments"}
-    shared = introspection.signature(run_arguments, eval_str=True).parameters
+    own = {n: p for n, p in signature(command, eval_str=True).parameters.items() if n != "arguments"}
+    shared = signature(run_arguments, eval_str=True).parameters
 
     def whole(**given: Any) -> None:
         mine = {name: given.pop(name) for name in own}
@@ -136,8 +136,8 @@ def _with_run_arguments(command: Callable[..., None]) -> Callable[..., None]:
     parameters = {**shared, **own}
     whole.__name__, whole.__doc__ = command.__name__, command.__doc__
     whole.__annotations__ = {name: p.annotation for name, p in parameters.items()}
-    ordered = [p.replace(kind=introspection.Parameter.KEYWORD_ONLY) for p in parameters.values()]
-    whole.__signature__ = introspection.Signature(ordered)  # type: ignore[attr-defined]
+    ordered = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in parameters.values()]
+    whole.__signature__ = Signature(ordered)  # type: ignore[attr-defined]
     return whole
 
 
@@ -152,7 +152,7 @@ def oneshot(
     """Compress a model in one shot. Killed and started again with the same arguments, it goes on where it was."""
     from bitpress.oneshot import oneshot as run
 
-    result = run(**arguments, output_dir=output, progress=_progress(verbose, quiet))
+    result = run(**arguments, output_dir=output, progress=choose_progress(not quiet, verbose=verbose))
     if not quiet:
         _summary(result.folder, verbose)
 
@@ -243,7 +243,7 @@ def demo(
     recipe = _recipe("W4A16", 64, Method.gptq, None, None)
     compress(
         base, None, recipe, output_dir=target, num_calibration_samples=num_samples, max_seq_length=max_seq_length,
-        progress=_progress(False, False), fresh=True,
+        progress=True, fresh=True,
     )  # fmt: skip
     out.print("comparing, on a text that was not used for calibration ...")
     out.print(tables.evaluation_table(run(base, target, windows=4, length=1024)))
@@ -280,12 +280,6 @@ def _recipe(
 
 def _window(number: int, total: int) -> None:
     err.print(f"window {number + 1} of {total}", highlight=False)
-
-
-def _progress(verbose: bool, quiet: bool) -> Progress:
-    if quiet:
-        return Progress()
-    return Live(err) if err.is_terminal and not verbose else Lines(err, verbose)
 
 
 def _summary(folder: Path, verbose: bool) -> None:

@@ -62,7 +62,7 @@ def open_weights(folder: Path, *, trust_pickle: bool) -> Source:
 
 
 def pickle_files(folder: Path) -> list[Path]:
-    """The files that the index names, else `pytorch_model.bin`, else all `.bin` files but those of a trainer."""
+    """The files that the index names, else `pytorch_model.bin`."""
     index = folder / INDEX
     if index.is_file():
         try:

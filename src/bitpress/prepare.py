@@ -72,7 +72,7 @@ class _Faults:
 
 def prepare(args: Arguments) -> Prepared:
     """Read recipe, model and data, and hold them against each other; raises every user error, all together."""
-    from bitpress import journal, plan, ranks
+    from bitpress import plan, ranks
     from bitpress.verified import check_blocks
 
     ranks.check()
@@ -98,7 +98,7 @@ def prepare(args: Arguments) -> Prepared:
     try:
         with faults:
             if output is not None:
-                journal.check(output)
+                _check_output(args, output)
         if sound and recipe is not None and subject is not None:
             with faults:
                 # a device that is not there is told already; what fits can be checked on any
@@ -240,9 +240,17 @@ def open_subject(args: Arguments) -> Subject:
     folder = locate(args.model, trust_pickle=args.trust_pickle)
     if method := is_quantized(folder):
         raise PlanError(f"{args.model} " + remedy.format(method))
-    if args.output_dir is not None and args.output_dir.resolve() == folder.resolve():
-        raise PlanError(f"{args.output_dir}: is the model's own folder; choose another output folder")
     return FolderSubject(folder, trust_remote_code=args.trust_remote_code_model, trust_pickle=args.trust_pickle)
+
+
+def _check_output(args: Arguments, output: Path) -> None:
+    from bitpress import journal
+
+    if is_path(args.model) and args.output_dir is not None:
+        model = Path(args.model).expanduser()
+        if model.is_dir() and args.output_dir.resolve() == model.resolve():
+            raise PlanError(f"{args.output_dir}: is the model's own folder; choose another output folder")
+    journal.check(output)
 
 
 def _in_memory(args: Arguments, subject: Subject) -> Subject:

@@ -306,7 +306,7 @@ def test_a_gram_matrix_that_is_not_positive_definite(shared, tmp_path):
 def test_pickle_weights(base, tmp_path, no_weights):
     torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
     (base / "model.safetensors").unlink()
-    words = ["holds pickle weights, which can run code", "save_pretrained(NEW_FOLDER)"]
+    words = ["holds pickle weights, which can run code", "trust_pickle=True (--trust-pickle)", "NEW_FOLDER"]
     refused(CheckpointError, words, tmp_path / "out", base, ROWS, W4)
     refused(CheckpointError, words, tmp_path / "out", base, ROWS, W4, output_dir=None)
 
@@ -338,6 +338,55 @@ def test_an_encoder_decoder(where, tmp_path):
     model = T5ForConditionalGeneration(config)
     given = save(model, tmp_path / "t5") if where == "folder" else model
     refused(PlanError, ["encoder-decoder", "decoder language models"], tmp_path / "out", given, ROWS, W4)
+
+
+@pytest.mark.parametrize("targets", ["Linear", "Conv1D", "re:.*c_fc"])
+def test_linears_that_are_stored_transposed(targets, tmp_path):
+    from transformers import AutoModelForCausalLM, GPT2Config
+
+    config = GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
+    model = AutoModelForCausalLM.from_config(config)
+    recipe = {"GPTQModifier": {**W4["GPTQModifier"], "targets": targets}}
+    words = ["transformer.h.0.attn.c_attn and 7 more: Conv1D", "Choose a model whose projections are Linear"]
+    refused(PlanError, words, tmp_path / "out", save(model, tmp_path / "base"), ROWS, recipe)
+    refused(PlanError, words, tmp_path / "out", model, ROWS, recipe)
+
+
+def test_faults_of_every_kind_come_together(base, tmp_path, monkeypatch, no_weights):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/thesis.txt").touch()
+    values = {"num_calibration_samples": 0, "max_seq_length": 32, "max_memory": "8XB"}
+    ours = ["num_calibration_samples: must be at least 1, got 0", "max_memory: '8XB' is not a size"]
+    output, data = ["out: holds other files"], ["none.jsonl: no such file or folder"]
+    device = ["device: 'cuda' was asked for, but torch sees no GPU"]
+    wrong = {"GPTQModifier": {"scheme": "W4A61", "block_size": 0}}
+    recipe = ["GPTQModifier.scheme: 'W4A61' is unknown", "GPTQModifier.block_size: must be at least 1"]
+
+    def all_of(words, model, given, **options):
+        with pytest.raises(PlanError) as caught:
+            oneshot(model, "none.jsonl", given, output_dir=tmp_path / "out", **{"device": "cuda", **options})
+        assert len(caught.value.problems) == len(words), caught.value
+        for word in words:
+            assert word in str(caught.value)
+
+    all_of([*ours, *recipe, *device, *output, *data], base, wrong, **values)
+    # with a recipe that can be read, the model is held against it
+    uneven = {"GPTQModifier": {"scheme": "W4A16", "group_size": 24, "ignore": ["lm_head", "re:.*down_proj"]}}
+    fits = ["q_proj: 32 input columns are not divisible by group_size 24", "one block needs"]
+    all_of([*fits, *device, *output, *data], base, uneven, max_memory="1MiB")
+    all_of([*recipe, *device, *output, *data, "nowhere: no such model folder"], tmp_path / "nowhere", wrong)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"hidden_size": 48}))
+    with pytest.raises(PlanError) as caught:
+        oneshot(base, ROWS, wrong, output_dir=tmp_path / "out")
+    assert "but config.json asks for" in str(caught.value) and recipe[0] in str(caught.value)
+
+
+def test_faults_of_one_kind_keep_their_kind(base, tmp_path, no_weights):
+    with pytest.raises(ConfigError) as caught:
+        oneshot(base, ROWS, W4, output_dir=tmp_path / "out", device="cuad", seed=-1)
+    assert len(caught.value.problems) == 2
 
 
 def test_models_that_are_none(tmp_path, no_weights):

@@ -6,8 +6,8 @@ import itertools
 import pytest
 from rich.console import Console
 
-from bitpress import progress
-from bitpress.progress import Lines, Live, Progress, clock, place
+from bitpress import ConfigError, progress
+from bitpress.progress import Lines, Live, Progress, choose_progress, clock, place
 
 
 @pytest.fixture
@@ -105,3 +105,16 @@ def test_the_live_display_ends_full(console):
     live.end(True)
     assert task.finished and not live.bars.live.is_started
     assert "quantize" in console.file.getvalue()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_who_is_told(terminal, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR" if terminal else "NO_COLOR", "1")
+    assert type(choose_progress(None)) is (Live if terminal else Progress)
+    assert type(choose_progress(True)) is (Live if terminal else Lines)
+    assert type(choose_progress(True, verbose=True)) is Lines
+    assert type(choose_progress(False)) is Progress
+    mine = Progress()
+    assert choose_progress(mine) is mine
+    with pytest.raises(ConfigError, match="progress: expected True, False, None"):
+        choose_progress("yes")
