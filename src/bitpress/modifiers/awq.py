@@ -65,7 +65,7 @@ class AWQModifier(ScaleModifier, QuantizationModifier):
     @property
     def rounds(self) -> bool:
         """Whether it quantizes by itself."""
-        return self.scheme is not None or self.config_groups is not None
+        return not (self.scheme is None and self.config_groups is None and self.bits is None)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -82,7 +82,7 @@ class AWQModifier(ScaleModifier, QuantizationModifier):
         if self.rounds:
             found += [f for f in QuantizationModifier.faults(self) if f not in found]
         else:
-            alone = ("targets", "group_size", "kv_cache_scheme", "observer")
+            alone = ("targets", "group_size", "kv_cache_scheme", "observer", "candidates")
             defaults = {f.name: f.default for f in dataclasses.fields(self)}
             found += [
                 f"{key}: goes with scheme or config_groups; without them another modifier quantizes"
