@@ -190,6 +190,12 @@ def find_target(modifiers: Sequence[Any], sites: Sequence[Site]) -> tuple[SizeTa
         if not sizes:
             faults.append(f"{together[0].name}: no candidate of bits fits its {together[0].columns} input columns")
         groups.append(FusionGroup(name, tuple(together), sizes))
+    kind = type(modifier).__name__
+    faults += [
+        f"{kind}.candidates: {c} fits none of the linears"
+        for c in choices
+        if written and not any(c in g.sizes for g in groups)
+    ]
     if faults:
         return None, faults
     if not written:

@@ -141,8 +141,8 @@ def test_the_survey_changes_nothing(tmp_path):
     before = {n: p.clone() for n, p in model.state_dict().items()}
     seen = {}
 
-    def look(run, target, journal):
-        found = decision_of(run, target, journal)
+    def look(run, journal):
+        found = decision_of(run, journal)
         seen.update(
             {n: torch.equal(p, before[n]) and p.dtype == before[n].dtype for n, p in model.state_dict().items()}
         )
@@ -180,7 +180,7 @@ def test_the_survey_changes_nothing(tmp_path):
             None,
             "two modifiers have a size target",
         ),
-        ({"bits": 4.1, "candidates": ["W4A16", {"scheme": "W4A16", "group_size": 96}]}, None, "4.125"),
+        ({"bits": 4.1, "candidates": ["W4A16", {"scheme": "W4A16", "group_size": 96}]}, None, "W4A16 g96 fits none"),
     ],
 )  # fmt: skip
 def test_bad_input(tmp_path, recipe, bits, message):
@@ -208,7 +208,7 @@ def test_between_two_sizes(tmp_path):
 def start(place, out, *more):
     words = [
         "oneshot", place / "base", "-o", out, "--bits", "4.25", "--dataset", place / "rows.jsonl",
-        "--num-samples", "32", "--max-seq-length", "128", *more,
+        "--num-samples", "24", "--max-seq-length", "128", *more,
     ]  # fmt: skip
     return subprocess.Popen(
         [sys.executable, "-m", "bitpress", *map(str, words)],
@@ -222,14 +222,14 @@ def digests(folder):
 
 
 def test_killed_in_the_survey_and_in_the_solve_pass(tmp_path):
-    changes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 5, "max_position_embeddings": 512}
+    changes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "max_position_embeddings": 512}
     folder_of(tmp_path, **changes)
-    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in token_rows(32, 128)))
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in token_rows(24, 128)))
     said = start(tmp_path, tmp_path / "straight").communicate()[0]
     assert (tmp_path / "straight/config.json").is_file(), said
     out = tmp_path / "out"
     log = out / ".bitpress/journal.jsonl"
-    for kind, count in (('"survey"', 3), ('"shard"', 2)):
+    for kind, count in (('"survey"', 2), ('"shard"', 2)):
         process = start(tmp_path, out)
         until = time.monotonic() + 200
         while process.poll() is None and time.monotonic() < until:
@@ -238,12 +238,12 @@ def test_killed_in_the_survey_and_in_the_solve_pass(tmp_path):
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         said = process.communicate()[0]
-        assert (kind == '"survey"') != ("of 5 blocks are done; going on there" in said)
+        assert (kind == '"survey"') != ("of 3 blocks are done; going on there" in said)
         assert process.returncode == -signal.SIGKILL, said
         done = log.read_text().count(f"{{{kind}")
         assert count <= done <= count + 2
     said = start(tmp_path, out, "--resume").communicate()[0]
-    assert "of 6 shards are finished; going on from there" in said
+    assert "of 4 shards are finished; going on from there" in said
     assert "survey: block" not in said
     assert digests(out) == digests(tmp_path / "straight")
     assert not (out / ".bitpress").exists()
