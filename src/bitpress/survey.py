@@ -7,8 +7,9 @@ next token is its KL. All probes of all blocks walk through the blocks together,
 together they cost half of (groups x probes) forwards of these tokens. Schemes between the probes are scaled by the
 error of the layer's output, which a sample of the rows tells.
 
-On two models and 152 groups of linears, this KL went with that of other tokens by a rank correlation of 0.99; errors
-of the layer's output alone by 0.65 to 0.79, of the block's output by 0.94.
+On a Qwen3 of 8 layers (32 groups of linears, GPTQ at 4 and at 3 bits, 4096 tokens of another text as the truth) the
+rank correlation of this KL was 0.99; 0.87 where the probe is rounded to nearest instead of solved, 0.94 for the error
+of the block's output, 0.73 for that of the layer's own.
 """
 
 from __future__ import annotations
