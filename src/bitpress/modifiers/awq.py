@@ -39,6 +39,8 @@ class AWQModifier(ScaleModifier, QuantizationModifier):
         group_size: input columns per scale in place of the preset's; -1 is one scale per output channel.
             Default: the preset's.
         kv_cache_scheme: not implemented yet. Default: none.
+        bits: stored bits per weight on average in place of scheme and config_groups; see `GPTQModifier`. Default: none.
+        candidates: what bits chooses from; see `GPTQModifier`. Default: the usual ones.
         observer: how ranges are chosen where `clip` is off: "minmax" or "mse". Default: "minmax".
         clip: shrink each group's range where that lowers the error of the output. Only with scheme or config_groups:
             GPTQ searches its scales by itself. Default: true.
