@@ -97,9 +97,19 @@ class Blocks:
 
         self._drive(batch[0], len(self) - 1, at_work)
 
+    def logits(self, batch: Batch) -> Tensor:
+        """The model's logits (B, L, V) in float32, given the hidden states after the last block."""
+
+        def at_work(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = _with_hidden(args, kwargs, batch[1])
+            return self._through(*args, **kwargs)
+
+        found: Tensor = self._drive(batch[0], len(self) - 1, at_work).logits
+        return found.float()
+
     def _drive(
         self, ids: Tensor, index: int, at_work: Callable[..., Any], weights: Mapping[str, Tensor] | None = None
-    ) -> None:
+    ) -> Any:
         with (
             sliced(),
             _forwards(self.modules[:index], self._through),
@@ -108,12 +118,11 @@ class Blocks:
             try:
                 if weights is None:
                     with torch.no_grad():
-                        self.model(input_ids=ids, use_cache=False)
-                else:
-                    inputs = {"input_ids": ids, "use_cache": False}
-                    functional_call(self.model, dict(weights), (), inputs, tie_weights=False)
+                        return self.model(input_ids=ids, use_cache=False)
+                inputs = {"input_ids": ids, "use_cache": False}
+                return functional_call(self.model, dict(weights), (), inputs, tie_weights=False)
             except _Left:
-                pass
+                return None
 
     def _through(self, *args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]

@@ -32,13 +32,20 @@ def budget(
     batch_size: int | None,
     *,
     runs: bool = False,
+    surveys: bool = False,
 ) -> dict[str, Any]:
-    """Batch size, budgets and expected peaks, all from shapes; `runs`: it is run even if no site needs it."""
+    """Batch size, budgets and expected peaks, all from shapes.
+
+    Args:
+        runs: the model is run even if no site needs it.
+        surveys: a survey comes first, in float32.
+    """
     from bitpress.sites import full_every
 
     item = subject.dtype.itemsize
     sizes = [_bytes(subject, subject.blocks.prefix(i)) for i in range(len(subject.blocks))]
-    outside, block = _bytes(subject, None), max(sizes)
+    copies = 1 + 4 // item if surveys and item < 4 else 1  # in float32, beside what it was
+    outside, block = copies * _bytes(subject, None), copies * max(sizes)
     config = subject.config.get_text_config() if hasattr(subject.config, "get_text_config") else subject.config
     width = int(config.hidden_size)
     runs = runs or any(s.needs for s in sites)
@@ -47,16 +54,17 @@ def budget(
         hidden += 2 * hidden // every
     widest = max((max(s.rows, s.columns) for s in sites), default=width)
     # one sequence's live activations in a block, and the float32 copy of the widest input for its Gram matrix
-    sequence = length * (item * (6 * width + 3 * widest) + 4 * widest)
+    sequence = length * ((4 if surveys else item) * (6 * width + 3 * widest) + 4 * widest)
     largest = max((s.rows * s.columns for s in sites), default=0)
     stacked = max((sum(t.rows for t in sites if (t.block, t.columns) == (s.block, s.columns)) for s in sites[:64]),
                   default=0)  # fmt: skip
     solver = 4 * 6 * max(largest, min(stacked * max((s.columns for s in sites), default=0), 4 * largest))
-    grams = sorted((StatsAccumulator.nbytes(s.columns, s.needs) for s in sites if s.needs), reverse=True)
+    needs = ((s.columns, s.needs | {"gram"} if surveys else s.needs) for s in sites)
+    grams = sorted((StatsAccumulator.nbytes(c, n) for c, n in needs if n), reverse=True)
     least_gram = 3 * grams[0] if grams else 0
     on_cpu = device.type == "cpu"
-    available = _available(device)
-    limit = max_memory or int(0.8 * available)
+    free = available(device)
+    limit = max_memory or int(0.8 * free)
     base = PROCESS_BYTES if on_cpu else 0
     copies = 3 if any(s.smoothing for s in sites) else 2  # folds are tried on the block, and taken back
     fixed = base + outside + copies * block + max(solver, tuning_bytes(sites, length, width, item)) + least_gram
@@ -72,7 +80,7 @@ def budget(
     room = limit - fixed - batch_size * sequence
     if hidden <= room // 2:
         where = "device"
-    elif not on_cpu and hidden <= int(0.6 * _available(torch.device("cpu"))):
+    elif not on_cpu and hidden <= int(0.6 * available(torch.device("cpu"))):
         where = "host"
     else:
         where = "disk"
@@ -109,7 +117,8 @@ def _bytes(subject: Subject, prefix: str | None) -> int:
     return sum(torch.Size(subject.spec(k)[1]).numel() * subject.dtype.itemsize for k in subject.keys(prefix))
 
 
-def _available(device: torch.device) -> int:
+def available(device: torch.device) -> int:
+    """Free bytes of a device, or of the host."""
     if device.type == "cuda":
         free: int = torch.cuda.mem_get_info(device)[0]
         return free

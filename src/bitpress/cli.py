@@ -44,9 +44,15 @@ class Device(StrEnum):
 
 Model = Annotated[str, typer.Argument(help="Model folder or hub id.", show_default=False)]
 Scheme = Annotated[str | None, typer.Option(help="Preset such as W4A16, W8A16, W4A16_ASYM, W8A8.")]
+Bits = Annotated[
+    float | None,
+    typer.Option(help="Size target: stored bits per weight on average, such as 4.25; chooses each linear's scheme."),
+]
 GroupSize = Annotated[int | None, typer.Option(help="Input columns per scale; -1: one scale per row.")]
-MethodOption = Annotated[Method | None, typer.Option(help="gptq (default) or rtn, with --scheme.")]
-Ignore = Annotated[list[str] | None, typer.Option(help="Linears to leave; repeatable. Default with --scheme: lm_head.")]
+MethodOption = Annotated[Method | None, typer.Option(help="gptq (default) or rtn, with --scheme or --bits.")]
+Ignore = Annotated[
+    list[str] | None, typer.Option(help="Linears to leave; repeatable. Default without --recipe: lm_head.")
+]
 RecipeFile = Annotated[str | None, typer.Option(help="Recipe file (YAML or JSON), instead of --scheme.")]
 StageName = Annotated[str | None, typer.Option(help="Run this stage of the recipe alone, into OUTPUT/STAGE.")]
 Dataset = Annotated[str | None, typer.Option(help="Registered name, hub id, file or folder. Default: a built-in text.")]
@@ -89,6 +95,7 @@ def common(
 def run_arguments(
     model: Model,
     scheme: Scheme = None,
+    bits: Bits = None,
     group_size: GroupSize = None,
     method: MethodOption = None,
     ignore: Ignore = None,
@@ -114,8 +121,8 @@ def run_arguments(
 ) -> dict[str, Any]:
     """The options of a run, for every command that has them, as arguments of `bitpress.oneshot`."""
     return {
-        "model": model, "dataset": dataset, "recipe": _recipe(scheme, group_size, method, ignore, recipe),
-        "splits": split, "dataset_config_name": dataset_config, "text_column": text_column,
+        "model": model, "dataset": dataset, "recipe": _recipe(scheme, bits, group_size, method, ignore, recipe),
+        "bits": bits, "splits": split, "dataset_config_name": dataset_config, "text_column": text_column,
         "num_calibration_samples": num_samples, "max_seq_length": max_seq_length, "concatenate_data": pack,
         "stage": stage, "save_compressed": not dense, "device": device.value, "max_memory": max_memory,
         "batch_size": batch_size, "seed": seed, "verify": verify, "resume": resume, "fresh": fresh,
@@ -240,7 +247,7 @@ def demo(
 
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     base, target = obtain(output / "SmolLM2-135M-Instruct"), output / "SmolLM2-135M-Instruct-W4A16-G64"
-    recipe = _recipe("W4A16", 64, Method.gptq, None, None)
+    recipe = _recipe("W4A16", None, 64, Method.gptq, None, None)
     compress(
         base, None, recipe, output_dir=target, num_calibration_samples=num_samples, max_seq_length=max_seq_length,
         progress=True, fresh=True,
@@ -257,6 +264,7 @@ def demo(
 
 def _recipe(
     scheme: str | None,
+    bits: float | None,
     group_size: int | None,
     method: Method | None,
     ignore: list[str] | None,
@@ -270,9 +278,13 @@ def _recipe(
         if not Path(recipe).is_file():
             raise ConfigError(f"--recipe: {recipe}: no such file")
         return Path(recipe)
-    if scheme is None:
-        raise ConfigError("give --scheme (such as W4A16) or --recipe FILE")
-    keys: dict[str, Any] = {"scheme": scheme, "ignore": ignore or ["lm_head"]}
+    if bits is not None and (extra := [name for name, value in given[:2] if value]):
+        raise ConfigError(f"{', '.join(extra)}: cannot go with --bits, which chooses the schemes; drop one of them")
+    if scheme is None and bits is None:
+        raise ConfigError("give --scheme (such as W4A16), --bits (such as 4.25) or --recipe FILE")
+    keys: dict[str, Any] = {"ignore": ignore or ["lm_head"]}
+    if scheme is not None:
+        keys["scheme"] = scheme
     if group_size is not None:
         keys["group_size"] = group_size
     return {"QuantizationModifier" if method is Method.rtn else "GPTQModifier": keys}

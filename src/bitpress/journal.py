@@ -38,6 +38,8 @@ class Journal:
     Attributes:
         numerics: the given ones on a new run, the recorded ones on resume.
         done: entries of finished shards, by shard number.
+        survey: entries of blocks that a survey has been through, in order.
+        decision: what was decided after it; None before.
 
     Raises:
         PlanError: the folder holds another run.
@@ -48,6 +50,8 @@ class Journal:
         self.file = folder / JOURNAL
         self.numerics: dict[str, Any] = numerics or {}
         self.done: dict[int, dict[str, Any]] = {}
+        self.survey: list[dict[str, Any]] = []
+        self.decision: dict[str, Any] | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -67,6 +71,9 @@ class Journal:
         head["numerics"] = head["numerics"] or numerics
         self.numerics = head["numerics"] or {}
         for entry in lines[1:]:
+            if "shard" not in entry:
+                self._take(entry)
+                continue
             file = folder / entry["file"]
             if not file.is_file():  # a run killed while it moved shards to their places
                 file = folder.parent / entry["file"]
@@ -81,6 +88,20 @@ class Journal:
     def add(self, entry: dict[str, Any]) -> None:
         """Record a finished shard; returns when the line is on the disk."""
         self.done[entry["shard"]] = entry
+        self._append(entry)
+
+    def note(self, entry: dict[str, Any]) -> None:
+        """Record what a survey found in a block, or what was decided after it."""
+        self._take(entry)
+        self._append(entry)
+
+    def _take(self, entry: dict[str, Any]) -> None:
+        if "survey" in entry:
+            self.survey.append(entry)
+        else:
+            self.decision = entry["decision"]
+
+    def _append(self, entry: dict[str, Any]) -> None:
         with self.file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
             stream.flush()

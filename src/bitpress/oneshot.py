@@ -6,7 +6,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ class Arguments:
     model: Any
     dataset: Any = None
     recipe: Any = None
+    bits: float | None = None
     tokenizer: Any = None
     splits: Any = None
     dataset_config_name: str | None = None
@@ -68,6 +69,8 @@ class Arguments:
             for name in ("num_calibration_samples", "max_seq_length", "batch_size", "min_expert_tokens")
             if getattr(self, name) is not None and not _positive(getattr(self, name), name == "min_expert_tokens")
         ]
+        if self.bits is not None and (not isinstance(self.bits, int | float) or isinstance(self.bits, bool)):
+            faults.append(f"bits: expected a number of bits per weight such as 4.25, got {self.bits!r}")
         try:
             _ = self.limit
         except ConfigError as error:
@@ -93,6 +96,7 @@ def oneshot(
     dataset: Any = None,
     recipe: Any = None,
     *,
+    bits: float | None = None,
     tokenizer: Any = None,
     processor: Any = None,
     splits: str | Sequence[str] | Mapping[str, str] | None = None,
@@ -134,6 +138,9 @@ def oneshot(
         dataset: calibration data: a registered name ("ultrachat-200k", "gsm8k", ...), a hub id, a file or folder, a
             `datasets.Dataset`, a list of texts or of message lists, a DataLoader; None: a text that bitpress ships.
         recipe: path, YAML or JSON text, dict, modifier, or list of modifiers; see `bitpress.recipe`.
+        bits: a size target: stored bits per weight on average over the compressed linears, scales and zero points
+            counted. A survey finds out how much each linear matters and chooses its scheme. It goes to the recipe's
+            modifier that quantizes, which then names no scheme; without a recipe GPTQ is used on all but the head.
         tokenizer: object or path; None: the model's own. `processor` is the same under another name.
         splits: split of the data: "train[:5%]", a list, or {"calibration": ..., "train": ...}.
         dataset_config_name: configuration of a hub dataset.
@@ -174,7 +181,8 @@ def oneshot(
         NumericsError: NaN or infinity, or a Gram matrix that is not positive definite.
     """
     arguments = Arguments(
-        model=model, dataset=dataset, recipe=recipe, tokenizer=tokenizer if tokenizer is not None else processor,
+        model=model, dataset=dataset, recipe=recipe, bits=bits,
+        tokenizer=tokenizer if tokenizer is not None else processor,
         splits=splits, dataset_config_name=dataset_config_name, dataset_path=dataset_path, text_column=text_column,
         num_calibration_samples=num_calibration_samples, max_seq_length=max_seq_length,
         shuffle_calibration_samples=shuffle_calibration_samples, concatenate_data=concatenate_data,
@@ -203,28 +211,37 @@ def _run(args: Arguments) -> Any:
     try:
         if ready.output is not None and journal.prepare(ready.output, identity, fresh=args.fresh, resume=args.resume):
             args.progress.note(f"{ready.output}: complete already, nothing to do")
-            return SavedModel(ready.output) if ready.subject.streamed else _loaded_into(ready)
+            return SavedModel(ready.output) if ready.subject.streamed else _loaded_into(args, ready)
         done = run_stages(args, ready, identity, started)
     finally:
         ready.subject.close()
     if ready.subject.streamed:
         assert ready.output is not None
         return SavedModel(ready.output)
-    return attach(ready.subject.model, ready.plan, done.solved, done.caches, ready.recipe.to_yaml(), done.report)
+    return attach(ready.subject.model, done.plan, done.solved, done.caches, done.recipe.to_yaml(), done.report)
 
 
-def _loaded_into(ready: Prepared) -> Any:
+def _loaded_into(args: Arguments, ready: Prepared) -> Any:
     """A finished output read back into the module that was passed."""
+    import json
+
     from bitpress.checkpoint import Source
+    from bitpress.plan import settle, whole
     from bitpress.reading import load_into
     from bitpress.subject import ModuleSubject
 
     assert ready.output is not None and isinstance(ready.subject, ModuleSubject)
-    source, solved = Source(ready.output), {s.key for s in ready.plan.sites}
+    plan = ready.plan
+    if ready.plans[-1].target is not None:
+        report = json.loads((ready.output / "report.json").read_text(encoding="utf-8"))
+        last = replace(ready.plans[-1], profiles=())  # of no matter for how weights are stored
+        last = settle(last, ready.subject, report["size_target"]["picks"], (), compressed=args.save_compressed)
+        plan = whole([*ready.plans[:-1], last])
+    source, solved = Source(ready.output), {s.key for s in plan.sites}
     for key, disk in ready.subject.layout.disk_of.items():
         if key not in solved:  # smoothing changes norms and the like
             ready.subject.assign({key: source.read([disk])[disk]})
-    return load_into(ready.subject, ready.plan, ready.output)
+    return load_into(ready.subject, plan, ready.output)
 
 
 def _identity(args: Arguments, ready: Prepared) -> dict[str, Any]:

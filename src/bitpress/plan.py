@@ -5,7 +5,7 @@ Nothing is loaded here but the configuration and the headers of the weight files
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from bitpress.experts import UnfusedExperts, fused_left
 from bitpress.foldplan import Use, find_smoothing, smoothed_sites
 from bitpress.modifiers.base import LinearModifier, names
 from bitpress.modifiers.quantization import SchemeModifier
+from bitpress.profiles import Profile, find_profiles, profiled
 from bitpress.schemes import QuantArgs
 from bitpress.sites import (
     Site,
@@ -34,10 +35,17 @@ from bitpress.sites import (
     full_every,
     label,
     misfits,
+    stored_bytes,
     stored_spec,
 )
+from bitpress.size_target import SizeTarget, decided, find_target
 from bitpress.subject import Subject
 from bitpress.tuneplan import find_tuning, without_experts
+
+SURVEYED = (
+    "bits: a survey of the uncompressed model comes first and chooses each linear's scheme; the size is then within "
+    "1 % of the target"
+)
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,9 @@ class Plan:
         cache_scheme: how caches are quantized, None if they are not.
         smoothing: of each block, the folds that are scaled before its linears are compressed.
         inherited: linears that earlier stages have quantized.
+        target: a size for which the schemes are chosen by a survey, None once they are or if there is none. Until
+            then the sites' schemes stand for those to come, and `output_bytes` is about the most that they take.
+        profiles: shares of zeros that a survey spreads over the blocks; empty once it has.
     """
 
     sites: tuple[Site, ...]
@@ -74,6 +85,13 @@ class Plan:
     cache_scheme: QuantArgs | None = None
     smoothing: tuple[tuple[Use, ...], ...] = ()
     inherited: tuple[Site, ...] = ()
+    target: SizeTarget | None = None
+    profiles: tuple[Profile, ...] = ()
+
+    @property
+    def surveys(self) -> bool:
+        """Whether a survey comes first."""
+        return self.target is not None or bool(self.profiles)
 
     @property
     def quantized(self) -> tuple[Site, ...]:
@@ -115,11 +133,13 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: sites, sizes in bytes, notes."""
+        open_ = set() if self.target is None else {s.name for g in self.target.groups for s in g.sites}
         return {
             "sites": [
                 {
                     "name": s.name, "block": s.block, "rows": s.rows, "columns": s.columns,
-                    "method": s.method, "scheme": label(s.group), "bits_per_weight": bits_per_weight(s),
+                    "method": s.method, "scheme": None if s.name in open_ else label(s.group),
+                    "bits_per_weight": None if s.name in open_ else bits_per_weight(s),
                 }
                 for s in self.sites
             ],
@@ -136,6 +156,9 @@ class Plan:
                 for i, uses in enumerate(self.smoothing)
                 for u in uses
             ],
+            "size_target": None if self.target is None else {
+                "bits": self.target.bits, "groups": len(self.target.groups), "candidates": list(self.target.choices),
+            },
             "notes": list(self.notes),
         }  # fmt: skip
 
@@ -179,7 +202,11 @@ def make(
     cache_schemes = [c for m in compressing if isinstance(m, SchemeModifier) and (c := m.cache()) is not None]
     caches, more = find_caches(cache_schemes, subject)
     faults += more
-    notes += client_notes(subject, sites, cache_schemes)
+    target, more = find_target(compressing, sites)
+    faults += more
+    profiles, more = find_profiles(compressing, sites, len(subject.blocks))
+    faults += more
+    notes += client_notes(subject, sites, cache_schemes) if target is None else [*target.notes, SURVEYED]
     smoothing = find_smoothing(modifiers, subject, sites, trust_remote_code=trust_remote_code)
     sites = smoothed_sites(sites, smoothing, subject)
     rescaled = {m for uses in smoothing.uses for u in uses for m in (u.fold.producer, *u.fold.consumers)}
@@ -194,7 +221,7 @@ def make(
     ignored = _ignored(subject, {s.module for s in (*inherited, *sites) if s.group is not None})
     memory: dict[str, Any] = {}
     cost = partial(budget, subject, samples=samples, length=length, device=device, max_memory=max_memory,
-                   batch_size=batch_size, runs=bool(caches))  # fmt: skip
+                   batch_size=batch_size, runs=bool(caches), surveys=any(m.surveys for m in modifiers))  # fmt: skip
     try:
         memory = cost(sites)
     except PlanError as error:
@@ -211,13 +238,42 @@ def make(
         raise PlanError(faults)
     shards = _shards(subject, (*inherited, *sites), caches, compressed)
     output_bytes = sum(file_size(s) for s in shards if s)
+    if target is not None:
+        stand_ins = sum(stored_bytes(s, compressed=compressed) for g in target.groups for s in g.sites)
+        output_bytes += target.most(compressed=compressed) - stand_ins
     if output is not None and (fault := space_fault(output, output_bytes)):
         raise PlanError(fault)
     return Plan(
         tuple(sites), ignored, tuple(notes), shards, output_bytes, **memory,
         caches=tuple(caches), cache_scheme=next(iter(cache_schemes), None), smoothing=tuple(smoothing.uses),
-        inherited=tuple(inherited),
+        inherited=tuple(inherited), target=target, profiles=profiles,
     )  # fmt: skip
+
+
+def settle(
+    plan: Plan, subject: Subject, picks: Mapping[str, str], shares: Sequence[Sequence[float]], *, compressed: bool
+) -> Plan:
+    """The plan after its survey.
+
+    Args:
+        picks: label of the scheme of each group of its size target.
+        shares: of each profile, the share of zeros of each block.
+    """
+    sites = list(plan.sites) if plan.target is None else decided(plan.target, plan.sites, picks)
+    for profile, mine in zip(plan.profiles, shares, strict=True):
+        sites = profiled(sites, profile, mine)
+    shards = _shards(subject, (*plan.inherited, *sites), plan.caches, compressed)
+    caches = [] if plan.cache_scheme is None else [plan.cache_scheme]
+    return replace(
+        plan,
+        sites=tuple(sites),
+        ignored=_ignored(subject, {s.module for s in (*plan.inherited, *sites) if s.group is not None}),
+        notes=tuple(dict.fromkeys([n for n in plan.notes if n != SURVEYED] + client_notes(subject, sites, caches))),
+        shards=shards,
+        output_bytes=sum(file_size(s) for s in shards if s),
+        target=None,
+        profiles=(),
+    )
 
 
 def whole(plans: Sequence[Plan]) -> Plan:

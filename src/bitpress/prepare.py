@@ -110,7 +110,7 @@ def prepare(args: Arguments) -> Prepared:
                 raise PlanError(static)
         with faults:
             tokenizer = find_tokenizer(args, subject)
-            if any(m.needs for m in modifiers) or (recipe is None and args.dataset is not None):
+            if any(m.needs or m.surveys for m in modifiers) or (recipe is None and args.dataset is not None):
                 if sound and subject is not None and not static:
                     data = _data(args, subject, tokenizer)
                 elif args.dataset is not None:
@@ -166,6 +166,8 @@ def make_plans(
             faults.append(
                 f"{stage.name}: kv_cache_scheme: what goes into caches changes later; give it in the last stage"
             )
+        if made.target is not None and not last:
+            faults.append(f"{stage.name}: bits: later stages go on from its schemes; give it in the last stage")
         plans.append(made)
         inherited += [s for s in made.sites if s.group is not None]
     if several and plans and output is not None:
@@ -181,9 +183,11 @@ def make_plans(
 
 def _chosen(args: Arguments) -> Recipe:
     """The stages that run."""
-    if args.recipe is None:
-        raise ConfigError("recipe: missing; give a path, YAML, a dict or a modifier")
-    recipe = Recipe.load(args.recipe)
+    source = args.recipe
+    if source is None and args.bits is None:
+        raise ConfigError("recipe: missing; give a path, YAML, a dict or a modifier, or bits alone")
+    bits = args.bits if isinstance(args.bits, int | float) else None  # what is none is told elsewhere
+    recipe = Recipe.load({"GPTQModifier": {"ignore": ["lm_head"]}} if source is None else source, bits=bits)
     chosen = recipe if not isinstance(args.stage, str) else Recipe((recipe.stage(args.stage),))
     if training := [s.name for s in chosen.stages if s.run_type == "train"]:
         raise RecipeError(

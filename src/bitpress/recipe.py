@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -29,6 +29,7 @@ import yaml
 
 from bitpress.errors import RecipeError, did_you_mean
 from bitpress.modifiers import MODIFIERS, MODIFIERS_LATER, Modifier
+from bitpress.modifiers.quantization import SchemeModifier
 
 SUFFIXES = (".yaml", ".yml", ".json")
 RunType = Literal["oneshot", "train"]
@@ -36,6 +37,9 @@ DEFAULT_STAGE = "default"
 METADATA = ("version", "args", "metadata")
 RUN_TYPES = ("oneshot", "train")
 STAGE_SUFFIX, GROUP_SUFFIX = "_stage", "_modifiers"
+# modifiers that a size target from outside the recipe is meant for, unless they have one of these keys
+WAITING = ("GPTQModifier", "QuantizationModifier")
+WAITING_KEYS = {"bits", "scheme", "config_groups"}
 FORMS = "a recipe is a mapping of stages or modifiers, such as 'GPTQModifier: {scheme: W4A16}'"
 
 
@@ -55,10 +59,11 @@ class Recipe:
     stages: tuple[Stage, ...]
 
     @classmethod
-    def load(cls, source: object) -> Recipe:
+    def load(cls, source: object, *, bits: float | None = None) -> Recipe:
         """Read a recipe of any form.
 
         Args:
+            bits: a size target for the modifier that quantizes; None: what the recipe says.
             source: a path (.yaml, .yml, .json), a YAML or JSON string, a dict, a Modifier, a list of
                 Modifiers or dicts, or a Recipe.
 
@@ -66,7 +71,7 @@ class Recipe:
             RecipeError: all faults together.
         """
         if isinstance(source, Recipe):
-            return source
+            return source if bits is None else source.at(bits)
         faults: list[str] = []
         if isinstance(source, str) and "\n" not in source and source.lower().endswith(SUFFIXES):
             source = Path(source)
@@ -74,13 +79,30 @@ class Recipe:
             source, faults = _read_file(source.expanduser())
         elif isinstance(source, str):
             source, faults = _read_text(source, "recipe")
-        reader = _Reader(faults)
+        reader = _Reader(faults, bits)
         stages = reader.recipe(source)
         if not stages and not reader.faults:
             reader.faults.append(f"the recipe is empty; {FORMS}")
         if reader.faults:
             raise RecipeError(reader.faults)
-        return cls(tuple(stages))
+        return cls(tuple(stages)) if bits is None else cls(tuple(stages)).at(bits)
+
+    def at(self, bits: float) -> Recipe:
+        """The recipe with this size target for its modifier that quantizes.
+
+        Raises:
+            RecipeError: there is not one such modifier, or it has its schemes.
+        """
+        having = [m for stage in self.stages for m in stage.modifiers if isinstance(m, SchemeModifier) and m.claims()]
+        if len(having) != 1:
+            many = "no modifier that quantizes" if not having else f"{len(having)} modifiers that quantize"
+            raise RecipeError(f"bits: the recipe has {many}, and one is to have the size target")
+        changed = replace(having[0], bits=bits)  # its checks say what does not go with it
+        stages = (
+            replace(stage, modifiers=tuple(changed if m is having[0] else m for m in stage.modifiers))
+            for stage in self.stages
+        )
+        return Recipe(tuple(stages))
 
     def stage(self, name: str | None) -> Stage:
         """The stage of that name, with or without its `_stage`; None means the only one.
@@ -117,6 +139,7 @@ class _Reader:
     """Walks a recipe's data and collects every fault, with its place."""
 
     faults: list[str] = field(default_factory=list)
+    bits: float | None = None  # a size target, for modifiers that would have no scheme without it
 
     def recipe(self, data: object) -> list[Stage]:
         if data is None:
@@ -212,8 +235,11 @@ class _Reader:
         if not isinstance(keys, Mapping):
             self.faults.append(f"{where}: expected the modifier's keys, got {keys!r}")
             return []
+        keys = {str(key): value for key, value in keys.items()}
+        if self.bits is not None and name in WAITING and not WAITING_KEYS & keys.keys():
+            keys["bits"] = self.bits
         try:
-            return [MODIFIERS[name](**{str(key): value for key, value in keys.items()})]
+            return [MODIFIERS[name](**keys)]
         except RecipeError as error:
             self.faults += [where + problem.removeprefix(name) for problem in error.problems]
             return []

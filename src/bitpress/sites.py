@@ -149,6 +149,11 @@ def bits_per_weight(site: Site) -> float:
     return 8 * stored / (site.rows * site.columns)
 
 
+def stored_bytes(site: Site, *, compressed: bool) -> int:
+    """Bytes of a site's tensors."""
+    return sum(t.itemsize * torch.Size(s).numel() for t, s in stored_spec(site, compressed=compressed).values())
+
+
 def stored_spec(site: Site, *, compressed: bool) -> formats.Spec:
     """Tensors that a site is stored as: suffix -> (dtype, shape)."""
     if site.scheme is None:
@@ -302,6 +307,11 @@ def misfits(sites: Sequence[Site], subject: Subject) -> list[str]:
         elif site.key not in subject.layout.disk_of:
             found.append(f"{site.name}: has no weight of its own in the checkpoint; add it to ignore")
     return brief(found)
+
+
+def fits(site: Site, scheme: Scheme) -> bool:
+    """Whether a scheme's groups and blocks divide the weight."""
+    return not _shape_faults(site, scheme, site.columns)
 
 
 def _shape_faults(site: Site, scheme: Scheme, alike: int) -> list[str]:

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from bitpress import formats, journal, pipeline
+from bitpress import decision, formats, journal, pipeline, profiles, size_target
 from bitpress.checkpoint import Source
 from bitpress.errors import PlanError
 from bitpress.math.grid import Solved, quantize
 from bitpress.output import Output, read_site
-from bitpress.plan import Plan
+from bitpress.plan import Plan, settle, whole
+from bitpress.recipe import Recipe
 from bitpress.sites import Site, stored_spec
 from bitpress.subject import FolderSubject, ModuleSubject, Subject
 
@@ -38,15 +39,20 @@ class Done:
     """What the stages up to now have made.
 
     Attributes:
+        plan, recipe: of the run, with what surveys have decided.
         rows: reports of the layers.
         solved: for a model in memory: its quantized linears, without codes.
         caches: for a model in memory: scales of caches, by name on disk.
+        surveys: sections of the report.
         report: of the last stage.
     """
 
+    plan: Plan
+    recipe: Recipe
     rows: list[dict[str, Any]] = field(default_factory=list)
     solved: list[tuple[Site, Solved]] = field(default_factory=list)
     caches: dict[str, Tensor] = field(default_factory=dict)
+    surveys: dict[str, Any] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
 
 
@@ -58,7 +64,7 @@ def run_stages(args: Arguments, ready: Prepared, identity: dict[str, Any], start
         started: when the run began, for the report.
     """
     places = _places(ready)
-    done, first = Done(), 0
+    done, first = Done(ready.plan, ready.recipe), 0
     if len(places) > 1 and ready.output is not None:
         journal.Journal(ready.output / journal.WORK, identity, None)  # claims the folder for this run
         first = _finished(places, ready, identity)
@@ -104,7 +110,8 @@ def _finished(places: list[Path | None], ready: Prepared, identity: dict[str, An
 def _taken_up(place: Path | None, ready: Prepared, i: int) -> Done:
     """What the stages before stage `i` have made; puts their weights into a model in memory."""
     assert place is not None
-    done = Done(rows=json.loads((place / "report.json").read_text(encoding="utf-8"))["layers"])
+    report = json.loads((place / "report.json").read_text(encoding="utf-8"))
+    done = Done(ready.plan, ready.recipe, report["layers"])
     if isinstance(ready.subject, ModuleSubject):
         source = Source(place)
         for key, disk in ready.subject.layout.disk_of.items():
@@ -159,11 +166,16 @@ def _run_stage(
             return _stored(subject.source, site)
         return _kept(subject, earlier[site.name], site)
 
-    batches = list(ready.data.batches(numerics["batch_size"])) if ready.data and plan.needs_stats else []
+    batches = (
+        list(ready.data.batches(numerics["batch_size"])) if ready.data and (plan.needs_stats or plan.surveys) else []
+    )
     run = pipeline.Run(
         subject, plan, batches, ready.device, output, args.progress, starved_below=args.min_expert_tokens,
         inherited=inherited, seed=args.seed,
     )  # fmt: skip
+    if plan.surveys:
+        with _frozen(numerics):
+            plan = run.plan = _survey(args, ready, i, run, done)
     args.progress.begin(args.stage or stage.name, len(subject.blocks))
     complete = False
     try:
@@ -177,11 +189,40 @@ def _run_stage(
     done.rows += [{**row, "stage": stage.name} for row in run.rows] if several else run.rows
     done.solved += run.solved
     done.caches |= run.caches
-    done.report = _report(args, ready, plan, run, done.rows, identity, numerics, time.perf_counter() - started)
-    text = ready.recipe if last else replace(ready.recipe, stages=(stage,))
+    done.report = _report(args, ready, plan, run, done, identity, numerics, time.perf_counter() - started)
+    text = done.recipe if last else replace(ready.recipe, stages=(done.recipe.stages[i],))
     if output is not None:
         tokenizer = None if args.tokenizer is None and subject.folder else ready.tokenizer
         output.finish(subject, plan, text.to_yaml(), done.report, tokenizer)
+
+
+def _survey(args: Arguments, ready: Prepared, i: int, run: pipeline.Run, done: Done) -> Plan:
+    """The plan of a stage after its survey, with which `done` goes on."""
+    plan = run.plan
+    log = None if run.output is None else run.output.journal
+    args.progress.begin("survey", len(run.subject.blocks))
+    complete = False
+    try:
+        found = decision.decide(run, log)
+        complete = True
+    finally:
+        args.progress.end(complete)
+    last = i == len(ready.plans) - 1
+    settled = settle(plan, run.subject, found.picks, found.shares, compressed=args.save_compressed and last)
+    if plan.target is not None and found.allocation is not None:
+        section = size_target.section(plan.target, found.allocation)
+        done.surveys["size_target"] = section
+        done.recipe = size_target.explicit(done.recipe, plan.target, found.picks)
+        args.progress.note(f"size target: {section['bits_per_weight']:.4f} bits per weight")
+        for note in found.allocation.notes:
+            args.progress.note(f"size target: {note}")
+    for profile, shares, outliers in zip(plan.profiles, found.shares, found.outliers, strict=True):
+        done.recipe = profiles.listed(done.recipe, profile, shares)
+        section = {"method": profile.modifier.method, "sparsity": shares, "outliers": outliers}
+        done.surveys.setdefault("sparsity_profiles", []).append(section)
+    plans = [settled if p is plan else p for p in ready.plans]
+    done.plan = replace(whole(plans), notes=tuple(dict.fromkeys([*ready.plan.notes, *settled.notes])))
+    return settled
 
 
 def _numerics(ready: Prepared, plan: Plan) -> dict[str, Any]:
@@ -235,7 +276,7 @@ def _report(
     ready: Prepared,
     plan: Plan,
     run: pipeline.Run,
-    rows: list[dict[str, Any]],
+    done: Done,
     identity: dict[str, Any],
     numerics: dict[str, Any],
     seconds: float,
@@ -246,7 +287,7 @@ def _report(
 
     from bitpress import report
 
-    sizes = {s.name: s.rows * s.columns for s in ready.plan.sites}
+    sizes, rows = {s.name: s.rows * s.columns for s in ready.plan.sites}, done.rows
     cuda = ready.device.type == "cuda"
     return {
         "layers": rows,
@@ -258,8 +299,9 @@ def _report(
             "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "peak_device_bytes": torch.cuda.max_memory_allocated(ready.device) if cuda else 0,
         },
+        **done.surveys,
         "ignored": list(plan.ignored),
-        "notes": list(ready.plan.notes) + (list(ready.data.notes) if ready.data else []),
+        "notes": list(done.plan.notes) + (list(ready.data.notes) if ready.data else []),
         "data": dict(ready.data.summary) if ready.data else None,
         "seed": args.seed,
         "numerics": numerics,

@@ -64,14 +64,24 @@ def plan_table(plan: Plan, limit: int | None) -> RenderableType:
     for name in ("linears", "shape", "bits/weight"):
         table.add_column(name, justify="right")
     groups: dict[tuple[str, ...], list[Site]] = {}
+    surveyed = set() if plan.target is None else {s.name for g in plan.target.groups for s in g.sites}
     for site in plan.sites:
         whole = limit is None or len(plan.sites) <= limit
         name = site.name if whole else site.name.rpartition(".")[2]
-        groups.setdefault((name, site.method, label(site.group), f"{site.rows} x {site.columns}"), []).append(site)
+        scheme = "by survey" if site.name in surveyed else label(site.group)
+        groups.setdefault((name, site.method, scheme, f"{site.rows} x {site.columns}"), []).append(site)
     for (name, method, scheme, shape), sites in groups.items():
-        table.add_row(Text(name), method, scheme, str(len(sites)), shape, f"{bits_per_weight(sites[0]):.3f}")
+        bits = "" if sites[0].name in surveyed else f"{bits_per_weight(sites[0]):.3f}"
+        table.add_row(Text(name), method, scheme, str(len(sites)), shape, bits)
     cost = Table.grid(padding=(0, 2))
-    cost.add_row("output", f"{_size(plan.output_bytes)} ({plan.output_bytes:,} bytes of weights, exact)")
+    exact = f"{_size(plan.output_bytes)} ({plan.output_bytes:,} bytes of weights, exact)"
+    if (target := plan.target) is not None:
+        low, high = (sum(f(g.sizes.values()) for g in target.groups) / target.weights for f in (min, max))
+        exact = f"about {_size(plan.output_bytes)} at most: exact once the survey has chosen"
+        many = f"{target.bits:g} bits per weight, for {len(target.groups)} groups of linears that share a scheme"
+        cost.add_row("size target", f"{many}; possible: {low:.3f} to {high:.3f}")
+        cost.add_row("chosen from", Text(", ".join(target.choices)))
+    cost.add_row("output", exact)
     cost.add_row("host memory", f"about {_size(plan.host_bytes)}")
     if plan.device_bytes:
         cost.add_row("device memory", f"about {_size(plan.device_bytes)}")

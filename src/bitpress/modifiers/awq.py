@@ -39,6 +39,8 @@ class AWQModifier(ScaleModifier, QuantizationModifier):
         group_size: input columns per scale in place of the preset's; -1 is one scale per output channel.
             Default: the preset's.
         kv_cache_scheme: how keys and values are cached, see `QuantizationModifier`. Default: none.
+        bits: stored bits per weight on average in place of scheme and config_groups; see `GPTQModifier`. Default: none.
+        candidates: what bits chooses from; see `GPTQModifier`. Default: the usual ones.
         observer: how ranges are chosen where `clip` is off: "minmax" or "mse". Default: "minmax".
         clip: shrink each group's range where that lowers the error of the output. Only with scheme or config_groups:
             GPTQ searches its scales by itself. Default: true.
@@ -66,7 +68,7 @@ class AWQModifier(ScaleModifier, QuantizationModifier):
     @property
     def rounds(self) -> bool:
         """Whether it quantizes by itself."""
-        return self.scheme is not None or self.config_groups is not None
+        return not (self.scheme is None and self.config_groups is None and self.bits is None)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -87,7 +89,7 @@ class AWQModifier(ScaleModifier, QuantizationModifier):
         if self.rounds:
             found += [f for f in QuantizationModifier.faults(self) if f not in found]
         else:
-            alone = ("targets", "group_size", "kv_cache_scheme", "observer")
+            alone = ("targets", "group_size", "kv_cache_scheme", "observer", "candidates")
             defaults = {f.name: f.default for f in dataclasses.fields(self)}
             found += [
                 f"{key}: goes with scheme or config_groups; without them another modifier quantizes"

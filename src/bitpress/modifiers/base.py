@@ -78,6 +78,11 @@ class Modifier:
         return []
 
     @property
+    def surveys(self) -> bool:
+        """Whether a pass over the uncompressed model has to come first, to decide what it does."""
+        return False
+
+    @property
     def needs(self) -> frozenset[str]:
         """What it reads of the calibration data: "gram", "mean" (of |x|), "range" (min and max), "cache" (range of
         keys and values), "drift" (of the input from the uncompressed model's), "full" (outputs of its blocks);
@@ -247,7 +252,7 @@ def names(value: str | list[str]) -> tuple[str, ...]:
 def _readable(annotation: str) -> str:
     names = {"Float": "a number", "int": "a whole number", "str": "text", "bool": "true or false"}
     names |= {"Names": "a name or a list of names", "Groups": "groups by name", "None": "null"}
-    names |= {"Mappings": "a list of mappings"}
+    names |= {"Mappings": "a list of mappings", "Candidates": "a list of schemes"}
     names |= {"OrderName": "'none', 'weight' or 'static'"}
     names |= {"Sparsity": "a share of zeros, a list of them, or a mapping of patterns to either"}
     names |= {"MaskStructure": "'N:M' or 'unstructured'", "dict[str, Any]": "a mapping"}

@@ -155,11 +155,31 @@ class ProfileModifier(SparsityModifier):
         profile = self.sparsity_profile
         if profile is not None and profile.lower() != "owl":
             found.append(f"sparsity_profile: {profile!r} is unknown.{did_you_mean(profile, ('owl',))}")
-        elif profile is not None:
-            found.append(
-                "sparsity_profile: owl is not implemented yet; give sparsity as a list, a value for each block"
-            )
+        elif profile is not None and not isinstance(self.sparsity, float):
+            found.append("sparsity_profile: owl spreads one share over the blocks; give sparsity as a number")
+        elif profile is not None and self.mask_structure not in UNSTRUCTURED:
+            found.append(f"sparsity_profile: owl varies the share, which {self.mask_structure} fixes; drop one of them")
         return found
+
+    @property
+    def surveys(self) -> bool:
+        return self.sparsity_profile is not None
+
+    @property
+    def mean_sparsity(self) -> float:
+        """The share of zeros that a profile keeps on average."""
+        assert isinstance(self.sparsity, float)
+        return self.sparsity
+
+    @property
+    def threshold(self) -> float:
+        """OWL's M."""
+        return 5.0 if self.owl_m is None else self.owl_m
+
+    @property
+    def spread(self) -> float:
+        """OWL's lambda."""
+        return 0.08 if self.owl_lmbda is None else self.owl_lmbda
 
     def notes(self) -> list[str]:
         idle = {
@@ -197,7 +217,8 @@ class SparseGPTModifier(ProfileModifier):
             sweep. Default: 30.
         correct: share, 0 to 1, of the drift of the layer's input from the uncompressed model's that its weights
             are to undo; takes a second stream of hidden states. Default: 0.
-        sparsity_profile: "owl" is not implemented yet. Default: none.
+        sparsity_profile: "owl" spreads sparsity over the decoder blocks (Yin et al. 2023, arXiv 2310.05175): a
+            survey counts their outliers, and blocks with more are pruned less. Default: none.
         owl_m: weights above so many times the mean score count as outliers. Default: 5.
         owl_lmbda: how far a block's sparsity may be from the mean. Default: 0.08.
         sequential_update: has no effect. Default: none.
@@ -265,7 +286,8 @@ class WandaPruningModifier(ProfileModifier):
             prune anywhere in a row. Default: "0:0".
         targets: linears to prune, one pattern or a list; see `bitpress.targets`. Default: "Linear".
         ignore: linears to leave as they are, patterns as in targets. Default: none.
-        sparsity_profile: "owl" is not implemented yet. Default: none.
+        sparsity_profile: "owl" spreads sparsity over the decoder blocks (Yin et al. 2023, arXiv 2310.05175): a
+            survey counts their outliers, and blocks with more are pruned less. Default: none.
         owl_m: weights above so many times the mean score count as outliers. Default: 5.
         owl_lmbda: how far a block's sparsity may be from the mean. Default: 0.08.
         sequential_update: has no effect. Default: none.

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator
 from pydantic.dataclasses import dataclass
 
 from bitpress.errors import RecipeError, did_you_mean
-from bitpress.modifiers.base import CONFIG, Claim, Float, Groups, LinearModifier, Names, names
+from bitpress.modifiers.base import CONFIG, Claim, Float, Groups, LinearModifier, Names, names, plain
 from bitpress.schemes import UNQUANTIZED, QuantArgs, Scheme, cache_scheme, preset, scheme_from_group
 from bitpress.targets import pattern_fault
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # recipes are read without torch
     from bitpress.math.stats import InputStats
 
 ActOrder = Literal["static"] | None
+Candidates = Annotated[list[Any], BeforeValidator(plain)]
 ACT_ORDERS = ("none", "weight", "static")
 
 
@@ -45,13 +46,15 @@ class SchemeGroup(Claim):
 class SchemeModifier(LinearModifier):
     """The keys that all quantizers share; see `QuantizationModifier`."""
 
-    essential: ClassVar[frozenset[str]] = frozenset({"scheme", "config_groups"})
+    essential: ClassVar[frozenset[str]] = frozenset({"scheme", "config_groups", "bits", "candidates"})
     observers: ClassVar[tuple[str, ...]] = ("minmax", "mse")
 
     scheme: str | None = None
     config_groups: Groups | None = None
     group_size: int | None = None
     kv_cache_scheme: Groups | None = None
+    bits: Float | None = None
+    candidates: Candidates | None = None
 
     def claims(self) -> tuple[Claim, ...]:
         return self._read_groups()[0]
@@ -59,6 +62,34 @@ class SchemeModifier(LinearModifier):
     def groups(self) -> tuple[SchemeGroup, ...]:
         """The scheme of each group of targets, in the recipe's order."""
         return tuple(claim for claim in self.claims() if isinstance(claim, SchemeGroup))
+
+    def choices(self) -> tuple[Claim, ...]:
+        """What `bits` chooses from, as the recipe writes it; empty: the usual ones, see `bitpress.size_target`."""
+        return self._read_candidates()[0]
+
+    def quick(self) -> Self:
+        """The same without what takes long and changes the error of every scheme alike: for surveys."""
+        return self
+
+    def group_of(self, name: str, scheme: Scheme) -> SchemeGroup:
+        """A group with this scheme and the modifier's own settings."""
+        return SchemeGroup(name, names(self.targets), scheme, *self._weights_defaults())
+
+    def written(self, group: SchemeGroup) -> dict[str, Any]:
+        """A group as an entry of `config_groups`, without its targets; `group_of` and the entry mean the same."""
+        entry = group.scheme.to_dict()
+        if group.scheme.stored_as is not None:
+            entry["format"] = group.scheme.stored_as
+        actorder, observer = self._weights_defaults()
+        if group.actorder != actorder:
+            entry["weights"]["actorder"] = group.actorder or "none"
+        if group.observer != observer:
+            entry["weights"]["observer"] = group.observer
+        return entry
+
+    @property
+    def surveys(self) -> bool:
+        return self.bits is not None
 
     def leaves(self, claim: Claim) -> bool:
         return not isinstance(claim, SchemeGroup)
@@ -88,7 +119,7 @@ class SchemeModifier(LinearModifier):
             self.cache()
         except RecipeError as error:
             found += error.problems
-        return found + self._read_groups()[1]
+        return found + self._read_groups()[1] + self._read_candidates()[1]
 
     def notes(self) -> list[str]:
         groups = self.config_groups
@@ -114,6 +145,8 @@ class SchemeModifier(LinearModifier):
         raise NotImplementedError
 
     def _read_groups(self) -> tuple[tuple[Claim, ...], list[str]]:
+        if self.bits is not None:
+            return self._read_target()
         if self.scheme is not None and self.config_groups is not None:
             return (), ["scheme: give either scheme or config_groups, not both"]
         if self.scheme is not None:
@@ -132,7 +165,7 @@ class SchemeModifier(LinearModifier):
             faults.append("group_size: goes with scheme; with config_groups, set it in the group's weights")
         claims = []
         for name, entry in self.config_groups.items():
-            claim, found = self._read_group(name, entry)
+            claim, found = self.read_group(name, entry, f"config_groups.{name}")
             faults += found
             if claim is not None:
                 claims.append(claim)
@@ -140,8 +173,40 @@ class SchemeModifier(LinearModifier):
             faults.append(f"config_groups: {UNQUANTIZED} leaves its linears alone, so nothing would be quantized")
         return tuple(claims), faults
 
-    def _read_group(self, name: str, entry: Any) -> tuple[Claim | None, list[str]]:
-        where = f"config_groups.{name}"
+    def _read_target(self) -> tuple[tuple[Claim, ...], list[str]]:
+        """One group for all linears that a size target will give their schemes; until then it stands for the widest."""
+        given = [key for key in ("scheme", "config_groups", "group_size") if getattr(self, key) is not None]
+        if given:
+            return (), [f"bits: chooses the schemes itself: drop {', '.join(given)}, or bits; candidates limits it"]
+        if not 0 < self.bits_asked < math.inf:
+            return (), [f"bits: must be a positive number of bits per weight, got {self.bits_asked}"]
+        return (self.group_of("bits", preset("W8A16", -1)),), []
+
+    @property
+    def bits_asked(self) -> float:
+        """The size target; only where there is one."""
+        assert self.bits is not None
+        return self.bits
+
+    def _read_candidates(self) -> tuple[tuple[Claim, ...], list[str]]:
+        from bitpress.modifiers.candidates import read_candidate
+
+        if self.candidates is None:
+            return (), []
+        if self.bits is None:
+            return (), ["candidates: are what bits chooses from; give bits, such as 4.25"]
+        if not self.candidates:
+            return (), ["candidates: empty, so there is nothing to choose from"]
+        claims, faults = [], []
+        for i, entry in enumerate(self.candidates):
+            claim, found = read_candidate(entry, f"candidates[{i}]", self)
+            faults += found
+            if claim is not None:
+                claims.append(claim)
+        return tuple(claims), faults
+
+    def read_group(self, name: str, entry: Any, where: str) -> tuple[Claim | None, list[str]]:
+        """What an entry of `config_groups` says, and its faults, each starting with `where`."""
         # `W4A16: [Linear]` is compressed-tensors' short form of a preset with targets.
         short = isinstance(entry, list)
         if not short and not isinstance(entry, Mapping):
@@ -190,6 +255,11 @@ class QuantizationModifier(SchemeModifier):
         kv_cache_scheme: how keys and values are quantized in the cache, such as `{num_bits: 8, type: float,
             strategy: tensor, dynamic: false}`; needs calibration data unless dynamic. Alone, without scheme and
             config_groups, it leaves all weights as they are. Default: none.
+        bits: stored bits per weight on average over these linears, scales and zero points counted, in place of scheme
+            and config_groups: each linear's scheme is chosen by a survey of how much it matters. Default: none.
+        candidates: what bits chooses from: presets, `{scheme: W4A16, group_size: 64}`, `{weights: {...}}`,
+            UNQUANTIZED. Default: 4 bits in groups of 32 to 128 or a row, with and without zero points; 8 bits and
+            full precision for higher targets, 2 and 3 bits for lower ones.
         observer: how scales are chosen: "minmax" covers every weight, "mse" searches the least squared error.
             Default: "minmax".
     """
@@ -244,6 +314,11 @@ class GPTQModifier(SchemeModifier):
         kv_cache_scheme: how keys and values are quantized in the cache, such as `{num_bits: 8, type: float,
             strategy: tensor, dynamic: false}`; needs calibration data unless dynamic. Alone, without scheme and
             config_groups, it leaves all weights as they are. Default: none.
+        bits: stored bits per weight on average over these linears, scales and zero points counted, in place of scheme
+            and config_groups: each linear's scheme is chosen by a survey of how much it matters. Default: none.
+        candidates: what bits chooses from: presets, `{scheme: W4A16, group_size: 64}`, `{weights: {...}}`,
+            UNQUANTIZED. Default: 4 bits in groups of 32 to 128 or a row, with and without zero points; 8 bits and
+            full precision for higher targets, 2 and 3 bits for lower ones.
         block_size: columns solved between two updates of the rest of the weight. Default: 128.
         dampening_frac: what is added to the diagonal of the Gram matrix, as a fraction of its mean.
             Default: 0.01.
@@ -278,6 +353,9 @@ class GPTQModifier(SchemeModifier):
     @property
     def weights_need(self) -> frozenset[str]:
         return frozenset({"gram", "drift"} if self.correct else {"gram"})
+
+    def quick(self) -> Self:
+        return dataclasses.replace(self, refine=0, correct=0.0)
 
     def solve(
         self, weights: Sequence[Tensor], stats: InputStats | None, group: SchemeGroup, grid: Grid
