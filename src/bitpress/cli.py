@@ -31,6 +31,14 @@ out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
 
 
+class EffortOption(StrEnum):
+    """Choices of --effort; see `bitpress.effort`."""
+
+    fast = "fast"
+    balanced = "balanced"
+    best = "best"
+
+
 class Method(StrEnum):
     gptq = "gptq"
     rtn = "rtn"
@@ -50,6 +58,10 @@ Bits = Annotated[
 ]
 GroupSize = Annotated[int | None, typer.Option(help="Input columns per scale; -1: one scale per row.")]
 MethodOption = Annotated[Method | None, typer.Option(help="gptq (default) or rtn, with --scheme or --bits.")]
+EffortChoice = Annotated[
+    EffortOption | None,
+    typer.Option(help="With --scheme or --bits: fast; balanced, no gradients; best, with block tuning."),
+]
 Ignore = Annotated[
     list[str] | None, typer.Option(help="Linears to leave; repeatable. Default without --recipe: lm_head.")
 ]
@@ -98,6 +110,7 @@ def run_arguments(
     bits: Bits = None,
     group_size: GroupSize = None,
     method: MethodOption = None,
+    effort: EffortChoice = None,
     ignore: Ignore = None,
     recipe: RecipeFile = None,
     stage: StageName = None,
@@ -121,7 +134,7 @@ def run_arguments(
 ) -> dict[str, Any]:
     """The options of a run, for every command that has them, as arguments of `bitpress.oneshot`."""
     return {
-        "model": model, "dataset": dataset, "recipe": _recipe(scheme, bits, group_size, method, ignore, recipe),
+        "model": model, "dataset": dataset, "recipe": _recipe(scheme, bits, group_size, method, effort, ignore, recipe),
         "bits": bits, "splits": split, "dataset_config_name": dataset_config, "text_column": text_column,
         "num_calibration_samples": num_samples, "max_seq_length": max_seq_length, "concatenate_data": pack,
         "stage": stage, "save_compressed": not dense, "device": device.value, "max_memory": max_memory,
@@ -247,7 +260,7 @@ def demo(
 
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     base, target = obtain(output / "SmolLM2-135M-Instruct"), output / "SmolLM2-135M-Instruct-W4A16-G64"
-    recipe = _recipe("W4A16", None, 64, Method.gptq, None, None)
+    recipe = _recipe("W4A16", None, 64, Method.gptq, None, None, None)
     compress(
         base, None, recipe, output_dir=target, num_calibration_samples=num_samples, max_seq_length=max_seq_length,
         progress=True, fresh=True,
@@ -267,11 +280,13 @@ def _recipe(
     bits: float | None,
     group_size: int | None,
     method: Method | None,
+    effort: EffortOption | None,
     ignore: list[str] | None,
     recipe: str | None,
 ) -> Any:
     """The recipe that the options describe."""
-    given = [("--scheme", scheme), ("--group-size", group_size), ("--method", method), ("--ignore", ignore)]
+    given = [("--scheme", scheme), ("--group-size", group_size), ("--method", method), ("--effort", effort),
+             ("--ignore", ignore)]  # fmt: skip
     if recipe is not None:
         if extra := [name for name, value in given if value]:
             raise ConfigError(f"{', '.join(extra)}: cannot go with --recipe; write it into the recipe")
@@ -287,6 +302,12 @@ def _recipe(
         keys["scheme"] = scheme
     if group_size is not None:
         keys["group_size"] = group_size
+    if effort is not None:
+        if method is Method.rtn:
+            raise ConfigError("--effort: goes with --method gptq; rounding to nearest has none")
+        from bitpress.effort import recipe as effort_recipe
+
+        return effort_recipe(effort.value, keys)
     return {"QuantizationModifier" if method is Method.rtn else "GPTQModifier": keys}
 
 

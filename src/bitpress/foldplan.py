@@ -284,7 +284,7 @@ class _Choice:
                 found.append(
                     f"{where}: '{pair.smooth}' matches nothing in the blocks. Known: {', '.join(sorted(self.known))}"
                 )
-        if not found and not self.taken:
+        if not found and not self.taken and (self.modifier.required or self.pairs is not None):
             why = [f"{name}: {reason}" for name, reason in self.unused.items()]
             found.append(
                 f"{self.kind}: nothing in this model can be smoothed"
@@ -294,7 +294,7 @@ class _Choice:
 
     def notes(self) -> list[str]:
         short = [f"{p} -> {', '.join(readers)}" for p, readers in self.taken]
-        made = [f"{self.kind}: scales {'; '.join(short)}"] if short else []
+        made = [f"{self.kind}: scales {'; '.join(short)}" if short else f"{self.kind}: nothing can be smoothed here"]
         for i, names_ in self.refused.items():
             if i in self.read_by:
                 made += [f"{self.kind}.mappings[{i}]: {n} left as it is: {why}" for n, why in names_.items()]

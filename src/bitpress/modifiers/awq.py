@@ -47,6 +47,8 @@ class AWQModifier(ScaleModifier, QuantizationModifier):
         mappings: `{smooth_layer: ..., balance_layers: [...]}` each, names or "re:..."; also in SmoothQuant's form.
             Default: all that the model allows: norms and what reads them, values and output projection, up and
             down projection.
+        required: whether a model in which nothing can be smoothed is an error; else it is said and the rest goes on.
+            Default: true.
         duo_scaling: scales by activations and weights (true), by activations alone (false), or half of the grid
             each ("both"). Default: null, activations alone where the quantizer searches its scales under the Gram
             matrix, as GPTQ does and weights in the scale do not help, and "both" elsewhere.

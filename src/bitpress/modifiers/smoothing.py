@@ -67,6 +67,7 @@ class ScaleModifier(SmoothingModifier):
     for_rounding: ClassVar[bool] = False
 
     mappings: Mappings | None = None
+    required: bool = True
     ignore: Names = dataclasses.field(default_factory=list)
 
     def pairs(self) -> tuple[Pair, ...] | None:

@@ -28,6 +28,8 @@ class SmoothQuantModifier(ScaleModifier):
         mappings: `[[layers that read], layer that is scaled]` each, names or "re:..."; also in AWQ's form.
             Default: all that the model allows: norms and what reads them, values and output projection, up and
             down projection.
+        required: whether a model in which nothing can be smoothed is an error; else it is said and the rest goes on.
+            Default: true.
         ignore: layers whose output is not to be scaled. Default: none.
         algorithm: "smoothquant", or "log_equalization", which looks at activations alone. Default: "smoothquant".
         num_calibration_steps: has no effect: all calibration data is used. Default: none.
