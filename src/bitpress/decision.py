@@ -13,7 +13,7 @@ from bitpress import memory
 from bitpress.blocks import Batch
 from bitpress.journal import Journal
 from bitpress.perturb import divergence, in_float32, installed, solved, statistics, tensors_of
-from bitpress.pipeline import Run
+from bitpress.run import Run
 from bitpress.size_target import Allocation, SizeTarget
 from bitpress.states import HiddenStates
 from bitpress.survey import Data, Measured, survey

@@ -16,7 +16,7 @@ from bitpress.formats import grid_of
 from bitpress.math.grid import dequantize, find_all, quantize, relative_error
 from bitpress.math.stats import InputStats
 from bitpress.modifiers.quantization import SchemeGroup, SchemeModifier
-from bitpress.pipeline import Run
+from bitpress.run import Run
 from bitpress.sites import Site
 from bitpress.size_target import Choice, with_choice
 from bitpress.subject import Subject

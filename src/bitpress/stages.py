@@ -24,6 +24,7 @@ from bitpress.math.grid import Solved, quantize
 from bitpress.output import Output, read_site
 from bitpress.plan import Plan, settle, whole
 from bitpress.recipe import Recipe
+from bitpress.run import Run
 from bitpress.sites import Site, stored_spec
 from bitpress.subject import FolderSubject, ModuleSubject, Subject
 
@@ -169,7 +170,7 @@ def _run_stage(
     batches = (
         list(ready.data.batches(numerics["batch_size"])) if ready.data and (plan.needs_stats or plan.surveys) else []
     )
-    run = pipeline.Run(
+    run = Run(
         subject, plan, batches, ready.device, output, args.progress, starved_below=args.min_expert_tokens,
         inherited=inherited, seed=args.seed,
     )  # fmt: skip
@@ -196,7 +197,7 @@ def _run_stage(
         output.finish(subject, plan, text.to_yaml(), done.report, tokenizer)
 
 
-def _survey(args: Arguments, ready: Prepared, i: int, run: pipeline.Run, done: Done) -> Plan:
+def _survey(args: Arguments, ready: Prepared, i: int, run: Run, done: Done) -> Plan:
     """The plan of a stage after its survey, with which `done` goes on."""
     plan = run.plan
     log = None if run.output is None else run.output.journal
@@ -275,7 +276,7 @@ def _report(
     args: Arguments,
     ready: Prepared,
     plan: Plan,
-    run: pipeline.Run,
+    run: Run,
     done: Done,
     identity: dict[str, Any],
     numerics: dict[str, Any],

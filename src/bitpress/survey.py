@@ -41,8 +41,8 @@ from bitpress.perturb import (
     tensors_of,
     weight_of,
 )
-from bitpress.pipeline import Run
 from bitpress.profiles import ratio
+from bitpress.run import Run
 from bitpress.sites import Site
 from bitpress.size_target import DENSE, FusionGroup, SizeTarget
 from bitpress.states import HiddenStates

@@ -191,7 +191,7 @@ def test_killed_while_it_finishes(step, when, base, tmp_path, monkeypatch):
     assert inspect_checkpoint(out).finished == complete
 
     # every block is read from its shard, none is solved again
-    monkeypatch.setattr("bitpress.pipeline._solve", None)
+    monkeypatch.setattr("bitpress.solving._solve", None)
     assert isinstance(oneshot(base, ROWS, W4, output_dir=out, **OPTIONS), SavedModel)
     assert digests(out) == digests(tmp_path / "straight")
     assert not (out / ".bitpress").exists()

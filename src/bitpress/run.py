@@ -1,0 +1,85 @@
+"""One pass over a model: what it works on and what it gathers, for all who have a part in it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitpress.blocks import Batch
+from bitpress.math.grid import Solved
+from bitpress.output import Output
+from bitpress.plan import Plan
+from bitpress.progress import Progress
+from bitpress.report import LayerReport
+from bitpress.sites import Site
+from bitpress.states import FullStream, HiddenStates
+from bitpress.subject import Subject
+
+STARVED = 256  # tokens; an expert that saw fewer takes its statistics from all tokens of the block
+
+
+@dataclass
+class Run:
+    """The inputs of one pass, and what it gathers.
+
+    Attributes:
+        batches: token ids (B, L), in order.
+        inherited: gives a linear that an earlier stage has quantized, for the shard that it is written to.
+        output: where shards go; None for a model in memory that is not saved.
+        seed: of what tuning draws at random.
+        rows: reports of the layers, as plain data.
+        solved: for a model in memory: every solved linear without its codes and weight.
+        caches: for a model in memory: scales of caches, by name on disk.
+        seconds: time by phase.
+    """
+
+    subject: Subject
+    plan: Plan
+    batches: list[Tensor]
+    device: torch.device
+    output: Output | None
+    progress: Progress
+    starved_below: int = STARVED
+    inherited: Callable[[Site], Solved] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.full: FullStream | None = None  # of the uncompressed model, where a modifier compares with it
+        self.rows: list[dict[str, Any]] = []
+        self.solved: list[tuple[Site, Solved]] = []
+        self.caches: dict[str, Tensor] = {}
+        self.seconds: dict[str, float] = {}
+
+    def timed(self, phase: str, start: float) -> float:
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - start
+        return now
+
+
+Result = tuple[LayerReport, Site, Solved]
+
+
+def weight_of(model: nn.Module, site: Site) -> Tensor:
+    """A site's weight in the model, to read or to write."""
+    weight = model.get_submodule(site.module).weight
+    assert isinstance(weight, Tensor)
+    return weight.detach()
+
+
+def watched(run: Run, states: HiddenStates, at: int, doing: str, start: float) -> Iterator[Batch]:
+    """All batches with their hidden states, reporting progress; a stage's half of a block starts at `start`."""
+    for i, ids in enumerate(run.batches):
+        run.progress.at(at, doing, start + 0.4 * i / len(run.batches))
+        yield ids.to(run.device), states[i]
+
+
+def advance_full(run: Run, index: int, full: FullStream, states: HiddenStates) -> None:
+    """Run a block as it was, on the stream of the uncompressed model."""
+    for i, batch in enumerate(watched(run, states, index, "full precision", 0.0)):
+        if full.has(i):
+            full.keep(i, run.subject.blocks.run(index, (batch[0], full[i])))

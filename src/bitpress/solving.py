@@ -1,0 +1,238 @@
+"""The linears of a block: their statistics, in as many passes as memory asks for, and the algebra on them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitpress import chain, ranks
+from bitpress.blocks import Batch, collect
+from bitpress.errors import NumericsError
+from bitpress.folding import Folding
+from bitpress.math import masks
+from bitpress.math.stats import InputStats, float32_products
+from bitpress.modifiers.base import PruningModifier
+from bitpress.plan import experts_in
+from bitpress.report import LayerReport
+from bitpress.run import Result, Run, advance_full, watched, weight_of
+from bitpress.sites import Site, bits_per_weight, label
+from bitpress.states import HiddenStates
+from bitpress.tuning import Tuning
+
+
+def solve_sites(
+    run: Run,
+    index: int | None,
+    sites: list[Site],
+    states: HiddenStates,
+    folding: Folding | None,
+    tuning: Tuning | None,
+    *,
+    collects: bool,
+) -> list[Result]:
+    """Statistics, in as many passes as memory asks for, and the algebra on them; weights are not yet changed."""
+    at = len(run.subject.blocks) if index is None else index
+    results: dict[str, Result] = {}
+    needy = [s for s in sites if collects and s.needs]
+    by_module = {s.module: s for s in needy}
+
+    def solve(stats: InputStats, readers: Sequence[str], policy: str) -> None:
+        run.progress.at(at, "solving", 0.4)
+        read = [by_module[m] for m in readers if m in by_module]
+        results.update(_solve(run, read, stats, policy, folding, tuning))
+
+    if run.full is not None and index is not None and not needy and folding is None:
+        advance_full(run, index, run.full, states)
+    gather = partial(_gather, run, index, states)
+    if folding is None:
+        gather(by_module, {}, solve)
+    else:
+        held: list[tuple[InputStats, Sequence[str], str]] | None = []
+
+        def decide(stats: InputStats, readers: Sequence[str], policy: str) -> None:
+            run.progress.at(at, "smoothing", 0.4)
+            folding.decide(stats, readers)
+            if held is not None:
+                held.append((stats, readers, policy))
+
+        others = {m: None for m in folding.witnesses if m not in by_module}
+        if not gather(by_module, others, decide, phase="smooth"):
+            held = None  # memory does not hold them all: they are collected again
+        clock = time.perf_counter()
+        folding.settle(_first(run, states))
+        run.timed("smooth", clock)
+        clock = time.perf_counter()
+        while held:
+            solve(*held.pop(0))
+        run.timed("solve", clock)
+        if held is None:
+            gather(by_module, {}, solve)
+    clock = time.perf_counter()
+    free: dict[str, list[Site]] = {}
+    for site in sites:
+        if site.module not in by_module:
+            free.setdefault(site.partners or site.name, []).append(site)
+    for together in free.values():
+        run.progress.at(at, "rounding")
+        results |= _solve(run, together, None, "", folding, tuning)
+    run.timed("solve", clock)
+    return [results[s.name] for s in sites]
+
+
+Take = Callable[[InputStats, Sequence[str], str], None]
+
+
+def _gather(
+    run: Run,
+    index: int | None,
+    states: HiddenStates,
+    sites: dict[str, Site],
+    others: dict[str, None],
+    take: Take,
+    phase: str = "solve",
+) -> bool:
+    """Hand over the statistics of every distinct input, with the module names of those that read it.
+
+    Args:
+        sites: by module name.
+        others: module names of more that read one, which are not compressed.
+        phase: to which the time of `take` is counted.
+
+    Returns:
+        Whether one pass of each kind held all of them.
+    """
+    blocks = run.subject.blocks
+    at = len(blocks) if index is None else index
+    needs = frozenset().union(*(s.needs for s in sites.values()))
+    experts = experts_in(run.subject, index) if index is not None else []
+    visit = blocks.visit_tail if index is None else partial(blocks.visit, index)
+
+    def beside(number: int) -> Batch | None:
+        if run.full is None or not run.full.has(number):
+            return None
+        return run.batches[number].to(run.device), run.full[number]
+
+    def passes(waiting: list[str], policy: str) -> tuple[list[str], bool]:
+        """Take them; returns the experts' sites that saw too few tokens (with a policy: none are let off)."""
+        starved: list[str] = []
+        whole = True
+        while waiting:
+            clock = time.perf_counter()
+            modules = {m: run.subject.model.get_submodule(m) for m in waiting}
+            batches = watched(run, states, at, "statistics", 0.0)
+            got = collect(
+                visit,
+                modules,
+                batches,
+                budget=run.plan.gram_bytes,
+                needs=needs,
+                leave_early=not experts,
+                # with a policy the block's output is not its own: starved experts are run for their statistics only
+                beside=None if policy else beside,
+                keep=None if policy or run.full is None else run.full.keep,
+                unpaired=frozenset(m for m, s in sites.items() if s.expert is not None),
+            )
+            clock = run.timed("statistics", clock)
+            met = set(got.deferred)
+            for own, readers in got.groups:
+                met.update(readers)
+                stats = ranks.reduce(own)
+                first = sites.get(readers[0])
+                if not policy and first is not None and first.expert is not None and stats.tokens < run.starved_below:
+                    starved += readers
+                else:
+                    take(stats, readers, policy)
+            run.timed(phase, clock)
+            for module in (m for m in waiting if m not in met):
+                if module not in sites or sites[module].expert is None or policy:
+                    name = sites[module].name if module in sites else module
+                    raise NumericsError(f"{name}: never called, so it has no statistics; add it to ignore")
+                starved.append(module)
+            waiting = list(got.deferred)
+            whole = whole and not waiting
+        return starved, whole
+
+    starved, whole = passes([*sites, *others], "")
+    if starved:
+        for module in experts:
+            path = next(n for n, m in run.subject.experts.items() if m is module)
+            numbers = (sites[m].expert for m in starved if m.startswith(path + "."))
+            module.on_all_tokens = frozenset(n for n in numbers if n is not None)
+        try:
+            _, again = passes(starved, f"all tokens of the block: the router gave it fewer than {run.starved_below}")
+        finally:
+            for module in experts:
+                module.on_all_tokens = frozenset()
+        whole = whole and again
+    return whole
+
+
+def _first(run: Run, states: HiddenStates) -> Batch:
+    """The first sequence, and its hidden states."""
+    hidden = states[0]
+    return run.batches[0][:1].to(run.device), None if hidden is None else hidden[:1]
+
+
+def _solve(
+    run: Run,
+    sites: list[Site],
+    stats: InputStats | None,
+    policy: str,
+    folding: Folding | None,
+    tuning: Tuning | None,
+) -> dict[str, Result]:
+    """Linears that read the same input: one call of the solver for those with the same steps."""
+    results: dict[str, Result] = {}
+    parts: dict[tuple[Any, ...], list[Site]] = {}
+    for site in sites:
+        steps = tuple((id(s.modifier), s.claim.name, s.sparsity) for s in site.steps)
+        # what must share a number is solved in one call, and nothing else with it
+        parts.setdefault((steps, site.partners), []).append(site)
+    if folding is not None and stats is not None and sites:
+        stats = folding.smoothed(stats, sites[0].module)
+    for part in parts.values():
+        clock = time.perf_counter()
+        weights = [
+            weight_of(run.subject.model, s).float() if folding is None else folding.weight(s.module) for s in part
+        ]
+        for site, weight in zip(part, weights, strict=True):
+            if not torch.isfinite(weight).all():
+                raise NumericsError(f"{site.name}: NaN or infinity in the weight; the checkpoint is damaged")
+        try:
+            with float32_products():
+                solved = ranks.broadcast(chain.solve(part[0].steps, weights, stats, run.subject.dtype))
+        except NumericsError as error:
+            raise NumericsError(f"{part[0].name}: {error}") from None
+        seconds = (time.perf_counter() - clock) / len(part)
+        if tuning is not None:
+            tuning.hold(part, weights, solved, stats)
+        for site, weight, z in zip(part, weights, solved, strict=True):
+            dense = z.dense()
+            report = LayerReport(
+                name=site.name,
+                method=site.method,
+                scheme=label(site.group),
+                rel_error=float(z.error),
+                error_of="weight" if stats is None or stats.gram is None else "output",
+                bits_per_weight=bits_per_weight(site),
+                sparsity=float((dense == 0).float().mean()),
+                mask=_mask_name(site, weight, dense),
+                tokens=0 if stats is None else stats.tokens,
+                policy=policy,
+                seconds=seconds,
+            )
+            results[site.name] = (report, site, z)
+    return results
+
+
+def _mask_name(site: Site, before: Tensor, after: Tensor) -> str:
+    """For the report; a structure that the recipe asks for has been checked."""
+    asked = [s.modifier for s in site.steps if isinstance(s.modifier, PruningModifier) and s.sparsity]
+    if asked and asked[-1].structure is not None:
+        return str(asked[-1].structure)
+    return masks.name_of(after) if asked or masks.pruned(before) is not None else ""
