@@ -12,7 +12,6 @@ import time
 STARTED = time.perf_counter()
 
 import argparse  # noqa: E402
-import inspect  # noqa: E402
 from typing import Any  # noqa: E402
 
 from common import SCHEMES, arguments, calibration, config_groups, print_result, timed, windows  # noqa: E402
@@ -25,8 +24,18 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def recipe(args: argparse.Namespace) -> dict[str, Any]:
-    """The modifiers by name, in one stage."""
+    """The modifiers by name, in one stage, or those of an effort."""
     scheme, ignore = SCHEMES[args.scheme], ["lm_head"]
+    if args.effort is not None:
+        from bitpress import effort
+
+        groups = None if scheme.bits is None else config_groups(args.group_size, args.observer, scheme)
+        prunes = args.method.startswith("sparsegpt")
+        return effort.recipe(
+            args.effort,
+            None if groups is None else {"config_groups": groups, "ignore": ignore},
+            {"SparseGPTModifier": {"sparsity": 0.5, "mask_structure": "2:4", "ignore": ignore}} if prunes else None,
+        )
     modifiers: dict[str, Any] = {}
     if args.method.startswith("smoothquant"):
         modifiers["SmoothQuantModifier"] = {}
@@ -51,10 +60,6 @@ def main() -> None:
 
     rows = windows(AutoTokenizer.from_pretrained(args.model), args.text, args.samples, args.length, args.seed)
     data = {} if args.method == "rtn" else calibration(rows)
-    if args.effort is not None:
-        if "effort" not in inspect.signature(oneshot).parameters:
-            raise SystemExit("this bitpress has no --effort")
-        data["effort"] = args.effort
     quantize = timed(
         lambda: oneshot(model=args.model, recipe=recipe(args), output_dir=args.out, seed=args.seed, **data)
     )

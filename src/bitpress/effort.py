@@ -20,30 +20,35 @@ EFFORTS: tuple[Effort, ...] = ("fast", "balanced", "best")
 CORRECT, DAMPENING = 0.4, 0.05
 
 
-def recipe(effort: Effort, keys: dict[str, Any]) -> dict[str, Any]:
+def recipe(effort: Effort, keys: dict[str, Any] | None, pruning: dict[str, Any] | None = None) -> dict[str, Any]:
     """The recipe of an effort.
 
     Args:
         effort: see above.
-        keys: of the quantizer: scheme or bits, group_size, ignore.
+        keys: of the quantizer: scheme, bits or config_groups, group_size, ignore; None: nothing is quantized.
+        pruning: a pruning modifier by name, which goes before the quantizer. Then no scales are moved: they are
+            chosen for rounding alone.
     """
-    if effort == "fast":
-        return {"GPTQModifier": {**keys, "refine": 0}}
-    smoothing = {"ignore": keys.get("ignore", []), "required": False}
-    modifiers: list[dict[str, Any]] = [
-        {"SmoothQuantModifier": smoothing} if _integer_activations(keys) else {"AWQModifier": smoothing},
-        {"GPTQModifier": {**keys, "correct": CORRECT, "dampening_frac": DAMPENING}},
-    ]
+    modifiers: list[dict[str, Any]] = []
+    if keys is not None and pruning is None and effort != "fast":
+        smoothing = {"ignore": keys.get("ignore", []), "required": False}
+        modifiers.append({"SmoothQuantModifier" if _integer_activations(keys) else "AWQModifier": smoothing})
+    if pruning is not None:
+        modifiers.append(pruning)
+    if keys is not None:
+        more = {"refine": 0} if effort == "fast" else {"correct": CORRECT, "dampening_frac": DAMPENING}
+        modifiers.append({"GPTQModifier": {**keys, **more}})
     if effort == "best":
         modifiers.append({"TuneModifier": {}})
     return {"modifiers": modifiers}
 
 
 def _integer_activations(keys: dict[str, Any]) -> bool:
-    if "scheme" not in keys:
-        return False
-    try:
-        inputs = preset(keys["scheme"]).input_activations
-    except RecipeError:  # the recipe's own reading says what is wrong with it
-        return False
-    return inputs is not None and inputs.type == "int"
+    if "scheme" in keys:
+        try:
+            inputs = preset(keys["scheme"]).input_activations
+        except RecipeError:  # the recipe's own reading says what is wrong with it
+            return False
+        return inputs is not None and inputs.type == "int"
+    groups = keys.get("config_groups") or {}
+    return any((g.get("input_activations") or {}).get("type", "float") == "int" for g in groups.values())
