@@ -8,8 +8,6 @@ Legend: R out features, C in features, G groups. All tensors are transposed: (C,
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -23,11 +21,11 @@ ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and taking it away rounds
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _block(
-    work: Any, factor: Any, scale: Any, zero: Any, groups: Any, keep: Any, dense: Any, steps: Any, values: Any,
-    errors: Any, base: Any, C: Any, R: Any, low: Any, high: Any, least: Any, fraction: Any,
+    work, factor, scale, zero, groups, keep, dense, steps, values,
+    errors, base, C, R, low, high, least, fraction,
     FLOAT: tl.constexpr, ZERO: tl.constexpr, KEEP: tl.constexpr, DESCEND: tl.constexpr,
     COUNT: tl.constexpr, B: tl.constexpr, T: tl.constexpr,
-) -> None:  # fmt: skip
+):  # type: ignore[no-untyped-def]  # annotations are read by the compiler  # fmt: skip
     rows = tl.program_id(0) * T + tl.arange(0, T)
     columns = tl.arange(0, B)
     inside = rows < R
