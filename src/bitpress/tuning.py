@@ -110,8 +110,8 @@ class Tuning:
         for h in self.held:
             z, grid = found.solved[h.site.key], starts[h.site.key].grid
             z = z if grid is None else settle(z, grid)
-            # a kept weight may have the code of zero: what is zero now is what stays zero
-            check_zeros(h.weight if h.keep is None else h.weight * h.keep, z.dense(), h.site.steps)
+            # what the solver left at zero stays zero; a weight that was zero by chance and is kept need not
+            check_zeros(h.weight if h.keep is None else h.keep, z.dense(), h.site.steps)
             error = relative_error(h.weight.float(), z.dense(), h.gram)
             results[h.site.name] = (replace(z, error=error), says)
         return results

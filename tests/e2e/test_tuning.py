@@ -161,6 +161,18 @@ def test_what_is_pruned_in_the_same_stage(quantizes, base, tmp_path):
             assert not name.startswith(first) or not p[before.get_parameter(name) == 0].any(), name
 
 
+def test_weights_that_are_zero_by_chance_are_no_mask(tmp_path):
+    model = build("llama", torch.bfloat16)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "_proj" in name:
+                weight[torch.rand(weight.shape, generator=generator) < 0.008] = 0
+    base = save(model, tmp_path / "base")
+    oneshot(base, ROWS, {"modifiers": [PRUNE, TUNE]}, output_dir=tmp_path / "out", **OPTIONS)
+    assert all(row["mask"] == "2:4" for row in report(tmp_path / "out")["layers"])
+
+
 def test_after_rounding_to_nearest_some_linears_and_not_the_head(base, tmp_path):
     recipe = {"modifiers": [
         {"QuantizationModifier": {"scheme": "W4A16", "group_size": 16}},
