@@ -20,12 +20,12 @@ ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and taking it away rounds
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _block(
+def _block(  # type: ignore[no-untyped-def]  # the compiler reads annotations
     work, factor, scale, zero, groups, keep, dense, steps, values,
     errors, base, C, R, low, high, least, fraction,
     FLOAT: tl.constexpr, ZERO: tl.constexpr, KEEP: tl.constexpr, DESCEND: tl.constexpr,
     COUNT: tl.constexpr, B: tl.constexpr, T: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # annotations are read by the compiler  # fmt: skip
+):  # fmt: skip
     rows = tl.program_id(0) * T + tl.arange(0, T)
     columns = tl.arange(0, B)
     inside = rows < R
