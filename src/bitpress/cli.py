@@ -288,12 +288,12 @@ def _recipe(
     given = [("--scheme", scheme), ("--group-size", group_size), ("--method", method), ("--effort", effort),
              ("--ignore", ignore)]  # fmt: skip
     if recipe is not None:
-        if extra := [name for name, value in given if value]:
+        if extra := [name for name, value in given if value not in (None, [])]:
             raise ConfigError(f"{', '.join(extra)}: cannot go with --recipe; write it into the recipe")
         if not Path(recipe).is_file():
             raise ConfigError(f"--recipe: {recipe}: no such file")
         return Path(recipe)
-    if bits is not None and (extra := [name for name, value in given[:2] if value]):
+    if bits is not None and (extra := [name for name, value in given[:2] if value is not None]):
         raise ConfigError(f"{', '.join(extra)}: cannot go with --bits, which chooses the schemes; drop one of them")
     if scheme is None and bits is None:
         raise ConfigError("give --scheme (such as W4A16), --bits (such as 4.25) or --recipe FILE")

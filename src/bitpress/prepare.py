@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitpress.errors import BitpressError, ConfigError, DataError, PlanError, RecipeError
+from bitpress.modifiers.quantization import SchemeModifier
 from bitpress.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -200,13 +201,16 @@ def _static_without_data(args: Arguments, modifiers: Sequence[Any]) -> list[str]
     """Scales that stay fixed at inference must come from data like what they will see: the built-in text is none."""
     if args.dataset is not None or args.dataset_path is not None:
         return []
-    kinds = {"range": "static scales of inputs", "cache": "static scales of keys and values (kv_cache_scheme)"}
+    kinds = {
+        "range": ("static scales of inputs", "use a scheme with dynamic activations such as FP8_DYNAMIC"),
+        "cache": ("static scales of keys and values (kv_cache_scheme)", "drop kv_cache_scheme"),
+    }
     return [
         f"{type(m).__name__}: {text} are set from calibration data, and none is given: pass dataset (--dataset), "
-        "or use a scheme with dynamic activations such as FP8_DYNAMIC"
+        f"or {remedy}"
         for m in modifiers
-        for need, text in kinds.items()
-        if need in m.needs
+        for need, (text, remedy) in kinds.items()
+        if need in m.needs and isinstance(m, SchemeModifier)  # others read ranges to choose scales that move
     ]
 
 

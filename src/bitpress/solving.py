@@ -37,6 +37,9 @@ def solve_sites(
 ) -> list[Result]:
     """Statistics, in as many passes as memory asks for, and the algebra on them; weights are not yet changed."""
     at = len(run.subject.blocks) if index is None else index
+    for site in sites:  # before any forward: it would blame the linears that read what comes of it
+        if not torch.isfinite(weight_of(run.subject.model, site)).all():
+            raise NumericsError(f"{site.name}: NaN or infinity in the weight; the checkpoint is damaged")
     results: dict[str, Result] = {}
     needy = [s for s in sites if collects and s.needs]
     by_module = {s.module: s for s in needy}
@@ -200,9 +203,6 @@ def _solve(
         weights = [
             weight_of(run.subject.model, s).float() if folding is None else folding.weight(s.module) for s in part
         ]
-        for site, weight in zip(part, weights, strict=True):
-            if not torch.isfinite(weight).all():
-                raise NumericsError(f"{site.name}: NaN or infinity in the weight; the checkpoint is damaged")
         try:
             with float32_products():
                 solved = ranks.broadcast(chain.solve(part[0].steps, weights, stats, run.subject.dtype))

@@ -132,8 +132,8 @@ def _nearest(pattern: str, linears: Sequence[LinearName]) -> str:
 
 
 def _unique(names: Iterable[str]) -> list[str]:
-    # Names that differ in their numbers alone count once: a model of experts has tens of thousands.
+    # Names that differ in the numbers of layers or experts count once: a model of experts has tens of thousands.
     first: dict[str, str] = {}
     for name in names:
-        first.setdefault(re.sub(r"\d+", "0", name), name)
+        first.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "0", name), name)
     return list(first.values())

@@ -24,6 +24,8 @@ SMALL: dict[str, Any] = {
     "shared_expert_intermediate_size": 24, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 16, "v_head_dim": 12,
 }  # fmt: skip
+# lists with a value for each layer, whose pattern a copy of fewer layers keeps
+PER_LAYER = ("layer_types", "no_rope_layers")
 
 
 def check_blocks(subject: Subject, *, trust_remote_code: bool = False) -> None:
@@ -61,9 +63,10 @@ def tiny_copy(config: Any, *, layers: int = 4, trust_remote_code: bool = False) 
         text.num_kv_heads = 2 if text.new_decoder_architecture else text.num_attention_heads
     if getattr(text, "kv_lora_rank", None) is not None:  # latent attention has no grouped heads
         text.num_key_value_heads = text.num_attention_heads
+    for name in PER_LAYER:
+        if (given := getattr(text, name, None)) and not _computed(text, name):
+            setattr(text, name, (list(given) * layers)[:layers])
     text.num_hidden_layers = layers
-    if getattr(text, "layer_types", None):
-        text.layer_types = (list(text.layer_types) * layers)[:layers]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(small, dtype=torch.float32, trust_remote_code=trust_remote_code).eval()

@@ -282,6 +282,14 @@ def test_a_weight_that_is_no_number(layer, value, recipe, tmp_path):
     stopped([f"model.{layer}: NaN or infinity in the weight"], model, tmp_path / "b", recipe)
 
 
+def test_a_weight_that_is_no_number_is_named_before_scales_move(tmp_path):
+    model = build("llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.gate_proj.weight[3, 5] = float("nan")
+    words = ["model.layers.0.mlp.gate_proj: NaN or infinity in the weight"]
+    stopped(words, model, tmp_path / "out", [{"AWQModifier": {}}, W4])
+
+
 def test_activations_that_are_no_numbers(tmp_path):
     model = build("llama")
     with torch.no_grad():
@@ -480,6 +488,8 @@ def cli(monkeypatch, capsys, *words):
         (1, "ConfigError: give --scheme (such as W4A16), --bits (such as 4.25) or --recipe FILE", []),
         (1, "ConfigError: --recipe: none.yaml: no such file", ["--recipe", "none.yaml"]),
         (1, "ConfigError: --scheme: cannot go with --recipe", ["--recipe", "none.yaml", "--scheme", "W4A16"]),
+        (1, "ConfigError: --group-size: cannot go with --recipe", ["--recipe", "none.yaml", "--group-size", "0"]),
+        (1, "ConfigError: --group-size: cannot go with --bits", ["--bits", "4.5", "--group-size", "0"]),
         (1, "DataError: none.jsonl: no such file", ["--scheme=W8A16", "--group-size=16", "--dataset=none.jsonl"]),
         (1, "PlanError: one block needs", ["--scheme", "W4A16", "--group-size", "16", "--max-memory", "1MiB"]),
         (2, "Invalid value for '--num-samples'", ["--scheme", "W4A16", "--num-samples", "many"]),

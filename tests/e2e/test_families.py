@@ -123,11 +123,13 @@ def test_falcon_new_architecture_and_other_forms(tmp_path, rows):
     assert inspect_checkpoint(tmp_path / "out").method == "compressed-tensors"
 
 
-def test_a_type_that_is_not_listed_is_checked_on_a_tiny_copy(tmp_path, rows):
-    from transformers import AutoModelForCausalLM, OlmoConfig
+@pytest.mark.parametrize("kind", ["OlmoConfig", "SmolLM3Config"])  # the second has a list with a value for each layer
+def test_a_type_that_is_not_listed_is_checked_on_a_tiny_copy(kind, tmp_path, rows):
+    import transformers
+    from transformers import AutoModelForCausalLM
 
     common = FAMILIES["llama"][1]
-    model = AutoModelForCausalLM.from_config(OlmoConfig(**common))
+    model = AutoModelForCausalLM.from_config(getattr(transformers, kind)(**common))
     assert model.config.model_type not in VERIFIED
     model.save_pretrained(tmp_path / "base")
     oneshot(

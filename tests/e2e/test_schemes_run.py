@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 
 import pytest
 import torch
@@ -66,9 +67,23 @@ def test_without_data_and_without_a_forward(name, base, tmp_path, monkeypatch):
     ],
 )
 def test_static_scales_without_data_are_refused(keys, what, base, tmp_path):
-    with pytest.raises(PlanError, match=f"{what}.* are set from calibration data, and none is given: pass dataset"):
+    with pytest.raises(
+        PlanError, match=f"{what}.* are set from calibration data, and none is given: pass dataset"
+    ) as e:
         run(base, tmp_path / "out", data=False, **keys)
+    assert ("drop kv_cache_scheme" if "kv_cache_scheme" in keys else "such as FP8_DYNAMIC") in str(e.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_scales_that_move_are_chosen_on_the_built_in_text(base, tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(base, folder)
+    make_tokenizer(folder)
+    smoothed = [{"SmoothQuantModifier": {}}, recipe(scheme="W8A8")]
+    oneshot(folder, None, smoothed, output_dir=tmp_path / "out", **OPTIONS)
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert "no dataset was given: the built-in text calibrates" in report["notes"]
+    assert report["layers"][0]["method"] == "smoothquant+rtn"
 
 
 def test_the_plan_says_what_data_are_for():

@@ -45,6 +45,18 @@ def test_errors_are_public():
     assert kinds <= set(bitpress.__all__)
 
 
+@pytest.mark.parametrize(
+    "place",
+    ["awq.AWQModifier", "gptq.GPTQModifier", "obcq.SparseGPTModifier", "transform.AWQModifier",
+     "transform.SmoothQuantModifier", "transform.awq.AWQMapping", "transform.awq.AWQModifier",
+     "transform.smoothquant.SmoothQuantModifier"],
+)  # fmt: skip
+def test_modifiers_under_the_module_names_of_other_tools(place):
+    module, _, name = place.rpartition(".")
+    found = getattr(importlib.import_module(f"bitpress.modifiers.{module}"), name)
+    assert name == "AWQMapping" or found is getattr(importlib.import_module("bitpress.modifiers"), name)
+
+
 def test_unknown_names():
     with pytest.raises(AttributeError, match="module 'bitpress' has no attribute 'one_shot'"):
         _ = bitpress.one_shot

@@ -106,6 +106,13 @@ def test_nearest_names_list_a_layer_once():
     assert len(fault) < 200
 
 
+def test_numbers_that_are_part_of_a_name_are_told_apart():
+    layers = [linear(f"layers.{i}.{name}") for i in range(2) for name in ("fc1", "fc2", "gate")]
+    assert resolve(layers, ["zzz"], [], "").faults == [
+        "targets: 'zzz' matches no linear. Known: 'Linear', 'fc1', 'fc2', 'gate'."
+    ]
+
+
 def test_an_ignore_that_matches_nothing_is_a_note():
     result = resolve(MODEL, ["Linear"], ["lm_heads"], "x")
     assert result.faults == []

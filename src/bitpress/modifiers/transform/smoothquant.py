@@ -1,0 +1,5 @@
+"""SmoothQuant under a second module name."""
+
+from bitpress.modifiers.smoothquant import SmoothQuantModifier
+
+__all__ = ["SmoothQuantModifier"]
