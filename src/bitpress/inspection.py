@@ -21,6 +21,7 @@ from bitpress.recognise import (
     METHODS,
     QuantizedLayer,
     Stored,
+    cache_of,
     config_groups_of,
     is_note,
     read_layer,
@@ -48,6 +49,9 @@ class Inspection:
         bits_per_weight: average over the quantized linears, scales and zero points included, or None.
         bits_per_parameter: average over everything stored; None if nothing was read.
         ignored: modules that the configuration leaves unquantized.
+        cache: how keys and values are quantized in the cache, such as "float8 tensor sym static"; None if not.
+        pruned: what the run's report.json says of linears with a mask, such as "14 linears, 50.0 % zeros, 2:4"; None
+            if there are none. Zeros themselves are not counted.
         messages: what is odd, and what to do about it.
     """
 
@@ -62,6 +66,8 @@ class Inspection:
     parameters: int = 0
     bytes: int = 0
     ignored: tuple[str, ...] = ()
+    cache: str | None = None
+    pruned: str | None = None
     tied_embeddings: bool = False
     has_recipe: bool = False
     has_report: bool = False
@@ -186,10 +192,26 @@ def _described(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         "architectures": tuple(config.get("architectures") or ()),
         "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
         "ignored": tuple(ignored or settings.get("llm_int8_skip_modules") or ()),
+        "cache": cache_of(settings),
+        "pruned": _pruned(folder),
         "tied_embeddings": bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
         "has_recipe": (folder / "recipe.yaml").is_file(),
         "has_report": (folder / "report.json").is_file(),
     }
+
+
+def _pruned(folder: Path) -> str | None:
+    """What the last stage of a run reports of each linear that has a mask."""
+    try:
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        rows = {row["name"]: row for row in report["layers"]}.values()
+        masked = [(row["mask"], float(row["sparsity"])) for row in rows if row["mask"]]
+    except (OSError, ValueError, KeyError, TypeError):  # none, or another program's
+        return None
+    if not masked:
+        return None
+    masks = ", ".join(dict.fromkeys(mask for mask, _ in masked))
+    return f"{len(masked)} linears, {sum(share for _, share in masked) / len(masked):.1%} zeros, {masks}"
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -295,7 +317,7 @@ def _oddities(
     """Where configuration, tensors and the folder's name disagree."""
     if named is not None and named not in METHODS:
         yield f"quant_method '{named}' is not one that bitpress reads: its layers are not listed"
-    elif named is not None and by_tensors is None:
+    elif named is not None and by_tensors is None and cache_of(_settings(read_config(folder))) is None:
         yield f"config.json says {named}, but no tensor is quantized"
     elif named is None and by_tensors is not None:
         yield f"config.json names no quantization, but tensors are stored as {by_tensors} stores them"

@@ -212,6 +212,12 @@ def _coding(args: Mapping[str, Any], *, activations: bool) -> Coding:
     )
 
 
+def cache_of(settings: Mapping[str, Any]) -> str | None:
+    """How keys and values are quantized in the cache, None if they are not."""
+    args = settings.get("kv_cache_scheme")
+    return str(_coding(args, activations=True)) if isinstance(args, Mapping) else None
+
+
 @cache
 def _scheme_name(weights: Coding, activations: str | None) -> str:
     """The preset that this is, whatever its group size, else a description."""

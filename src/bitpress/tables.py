@@ -137,6 +137,8 @@ def _facts(inspection: Inspection) -> Table:
         "model": ", ".join(str(word) for word in model if word),
         "size": size,
         "ignored": ", ".join(inspection.ignored),
+        "cache": inspection.cache or "",
+        "pruned": f"{inspection.pruned} (report.json)" if inspection.pruned else "",
         "tied": "output head and input embedding are one" if inspection.tied_embeddings else "",
     }
     if inspection.bits_per_weight is not None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from bitpress import PlanError, oneshot
+from bitpress.inspection import inspect_checkpoint
 from bitpress.math.masks import Structure, find_structure, holds
+from bitpress.tables import inspection_table
 from conftest import build, save, token_rows
 from helpers import assert_same_tensors, client, tensors
 
@@ -47,6 +51,12 @@ quantization_stage:
           weights: {num_bits: 4, type: "int", symmetric: true, strategy: "channel"}
           targets: ["Linear"]
 """
+
+
+def text_of(table):
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(table)
+    return console.export_text()
 
 
 def rows_of(folder):
@@ -183,6 +193,19 @@ def test_faults(base, tmp_path):
     groups = {"sparsity": {"re:.*nothing": 0.5, "q_proj": 0.5}}
     with pytest.raises(PlanError, match=r"'re:\.\*nothing' matches no linear"):
         oneshot(base, recipe={"MagnitudePruningModifier": groups}, output_dir=tmp_path / "out")
+
+
+def test_inspection_says_what_was_pruned(base, tmp_path):
+    recipe = {"WandaPruningModifier": {"sparsity": {"re:.*mlp.*": 0.25, "re:.*self_attn.*": [0.5, 0]}}}
+    oneshot(base, recipe=recipe, output_dir=tmp_path / "out", **DATA)
+    found = inspect_checkpoint(tmp_path / "out")
+    assert (found.method, found.pruned) == ("dense", "10 linears, 35.0% zeros, unstructured")
+    assert "10 linears, 35.0% zeros, unstructured (report.json)" in text_of(inspection_table(found))
+    oneshot(base, recipe=SPARSITY + QUANTIZATION, output_dir=tmp_path / "two", **DATA)
+    pruned = inspect_checkpoint(tmp_path / "two").pruned
+    assert pruned.startswith("14 linears, 50.") and pruned.endswith("% zeros, 2:4")
+    (tmp_path / "two/report.json").unlink()
+    assert inspect_checkpoint(tmp_path / "two").pruned is None
 
 
 def test_other_zeros_do_not_make_a_layer_pruned(base, tmp_path):

@@ -223,6 +223,8 @@ def test_the_scale_of_keys_is_that_of_what_goes_into_the_cache(tmp_path):
 
 def test_a_cache_alone_leaves_weights_as_they_are(base, tmp_path):
     stored, config, _ = run(base, tmp_path / "out", kv_cache_scheme=CACHE)
+    found = inspect_checkpoint(tmp_path / "out")
+    assert (found.cache, found.messages) == ("float8 tensor sym static", ())
     before = tensors(base)
     assert all(torch.equal(stored[name], before[name]) for name in before)
     scales = {f"model.layers.{i}.self_attn.{x}_scale" for i in (0, 1) for x in "kv"}
