@@ -92,7 +92,7 @@ def load_checkpoint(found: Inspection, dtype: str, device: str, trust: bool, not
             model, info = AutoModelForCausalLM.from_pretrained(
                 folder, trust_remote_code=trust, output_loading_info=True, **options
             )
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, LookupError, AttributeError) as error:
         if own:
             return _reloaded(found, options["dtype"], on, trust, notes)
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -187,7 +187,9 @@ def _chosen(args: Arguments) -> Recipe:
     source = args.recipe
     if source is None and args.bits is None:
         raise ConfigError("recipe: missing; give a path, YAML, a dict or a modifier, or bits alone")
-    bits = args.bits if isinstance(args.bits, int | float) else None  # what is none is told elsewhere
+    bits = args.bits
+    if bits is not None and (not isinstance(bits, int | float) or isinstance(bits, bool)):
+        bits = 4.0  # what is no number is told elsewhere; a recipe without a scheme is still one
     recipe = Recipe.load({"GPTQModifier": {"ignore": ["lm_head"]}} if source is None else source, bits=bits)
     chosen = recipe if not isinstance(args.stage, str) else Recipe((recipe.stage(args.stage),))
     if training := [s.name for s in chosen.stages if s.run_type == "train"]:

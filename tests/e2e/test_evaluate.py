@@ -149,9 +149,14 @@ def test_what_transformers_cannot_load_is_read_by_bitpress(family, scheme, own, 
         assert torch.equal(loaded.state_dict()[key].to(weight.dtype), weight), key
 
 
-def test_activations_are_not_left_out(tmp_path):
+@pytest.mark.parametrize(
+    "keys",
+    [{"scheme": "W8A8"}, {"kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}}],
+    ids=["W8A8", "cache"],
+)
+def test_activations_and_caches_are_not_left_out(keys, tmp_path):
     model = build("mixtral", torch.bfloat16)
-    oneshot(model, None, {"QuantizationModifier": {"scheme": "W8A8", "ignore": ["lm_head"]}})
+    oneshot(model, None, {"QuantizationModifier": {**keys, "ignore": ["lm_head"]}})
     model.save_pretrained(tmp_path / "out")
     with pytest.raises(CheckpointError, match="transformers cannot load it"):
         load_model(tmp_path / "out")

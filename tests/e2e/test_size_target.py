@@ -166,7 +166,7 @@ def test_the_survey_changes_nothing(tmp_path):
         (None, 17, "17 bits per weight are out of reach"),
         (None, 0, "bits: must be a positive number"),
         (None, float("nan"), "bits: must be a positive number"),
-        (None, "4.25", "bits: expected a number"),
+        (None, "4.25", "^bits: expected a number"),  # and nothing that follows from it
         ({"GPTQModifier": {"scheme": "W4A16"}}, 4.25, "chooses the schemes itself: drop scheme"),
         ({"bits": 4.25, "group_size": 64}, None, "drop group_size"),
         ({"bits": 4.25, "candidates": ["W8A8"]}, None, "quantizes activations too"),
