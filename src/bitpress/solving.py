@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,7 +23,8 @@ from bitpress.report import LayerReport
 from bitpress.run import Result, Run, advance_full, watched, weight_of
 from bitpress.sites import Site, bits_per_weight, label
 from bitpress.states import HiddenStates
-from bitpress.tuning import Tuning
+from bitpress.threads import together
+from bitpress.tuning import Held, Tuning
 
 
 def solve_sites(
@@ -44,10 +46,14 @@ def solve_sites(
     needy = [s for s in sites if collects and s.needs]
     by_module = {s.module: s for s in needy}
 
-    def solve(stats: InputStats, readers: Sequence[str], policy: str) -> None:
+    def solve(inputs: Sequence[Input]) -> None:
         run.progress.at(at, "solving", 0.4)
-        read = [by_module[m] for m in readers if m in by_module]
-        results.update(_solve(run, read, stats, policy, folding, tuning))
+        jobs = [
+            Job(part, stats, policy)
+            for stats, readers, policy in inputs
+            for part in _alike([by_module[m] for m in readers if m in by_module], share_input=True)
+        ]
+        results.update(_solve(run, jobs, folding, tuning))
 
     if run.full is not None and index is not None and not needy and folding is None:
         advance_full(run, index, run.full, states)
@@ -55,39 +61,37 @@ def solve_sites(
     if folding is None:
         gather(by_module, {}, solve)
     else:
-        held: list[tuple[InputStats, Sequence[str], str]] | None = []
+        held: list[Input] | None = []
 
-        def decide(stats: InputStats, readers: Sequence[str], policy: str) -> None:
+        def decide(inputs: Sequence[Input]) -> None:
             run.progress.at(at, "smoothing", 0.4)
-            folding.decide(stats, readers)
+            for stats, readers, _ in inputs:
+                folding.decide(stats, readers)
             if held is not None:
-                held.append((stats, readers, policy))
+                held.extend(inputs)
 
         others = {m: None for m in folding.witnesses if m not in by_module}
         if not gather(by_module, others, decide, phase="smooth"):
             held = None  # memory does not hold them all: they are collected again
         clock = time.perf_counter()
         folding.settle(_first(run, states))
-        run.timed("smooth", clock)
-        clock = time.perf_counter()
-        while held:
-            solve(*held.pop(0))
-        run.timed("solve", clock)
+        clock = run.timed("smooth", clock)
         if held is None:
             gather(by_module, {}, solve)
+        else:
+            solve(held)
+            run.timed("solve", clock)
     clock = time.perf_counter()
-    free: dict[str, list[Site]] = {}
-    for site in sites:
-        if site.module not in by_module:
-            free.setdefault(site.partners or site.name, []).append(site)
-    for together in free.values():
+    if free := [s for s in sites if s.module not in by_module]:
         run.progress.at(at, "rounding")
-        results |= _solve(run, together, None, "", folding, tuning)
+        results |= _solve(run, [Job(part, None, "") for part in _alike(free, share_input=False)], folding, tuning)
     run.timed("solve", clock)
     return [results[s.name] for s in sites]
 
 
-Take = Callable[[InputStats, Sequence[str], str], None]
+# Statistics of a distinct input, module names of the linears that read it, why it saw other tokens than usual.
+Input = tuple[InputStats, Sequence[str], str]
+Take = Callable[[Sequence[Input]], None]
 
 
 def _gather(
@@ -142,6 +146,7 @@ def _gather(
             )
             clock = run.timed("statistics", clock)
             met = set(got.deferred)
+            inputs: list[Input] = []
             for own, readers in got.groups:
                 met.update(readers)
                 stats = ranks.reduce(own)
@@ -149,7 +154,8 @@ def _gather(
                 if not policy and first is not None and first.expert is not None and stats.tokens < run.starved_below:
                     starved += readers
                 else:
-                    take(stats, readers, policy)
+                    inputs.append((stats, readers, policy))
+            take(inputs)
             run.timed(phase, clock)
             for module in (m for m in waiting if m not in met):
                 if module not in sites or sites[module].expert is None or policy:
@@ -181,53 +187,71 @@ def _first(run: Run, states: HiddenStates) -> Batch:
     return run.batches[0][:1].to(run.device), None if hidden is None else hidden[:1]
 
 
-def _solve(
-    run: Run,
-    sites: list[Site],
-    stats: InputStats | None,
-    policy: str,
-    folding: Folding | None,
-    tuning: Tuning | None,
-) -> dict[str, Result]:
-    """Linears that read the same input: one call of the solver for those with the same steps."""
-    results: dict[str, Result] = {}
+@dataclass(frozen=True)
+class Job:
+    """Linears with the same steps that one call of the solver takes, and what it is to know of their input."""
+
+    sites: list[Site]
+    stats: InputStats | None
+    policy: str
+
+
+def _alike(sites: Sequence[Site], *, share_input: bool) -> list[list[Site]]:
+    """Those that one call of the solver takes: of the same steps, and of the same input or the same scale."""
     parts: dict[tuple[Any, ...], list[Site]] = {}
     for site in sites:
         steps = tuple((id(s.modifier), s.claim.name, s.sparsity) for s in site.steps)
         # what must share a number is solved in one call, and nothing else with it
-        parts.setdefault((steps, site.partners), []).append(site)
-    if folding is not None and stats is not None and sites:
-        stats = folding.smoothed(stats, sites[0].module)
-    for part in parts.values():
-        clock = time.perf_counter()
-        weights = [
-            weight_of(run.subject.model, s).float() if folding is None else folding.weight(s.module) for s in part
-        ]
-        try:
-            with float32_products():
-                solved = ranks.broadcast(chain.solve(part[0].steps, weights, stats, run.subject.dtype))
-        except NumericsError as error:
-            raise NumericsError(f"{part[0].name}: {error}") from None
-        seconds = (time.perf_counter() - clock) / len(part)
+        parts.setdefault((steps, site.partners or ("" if share_input else site.name)), []).append(site)
+    return list(parts.values())
+
+
+def _solve(run: Run, jobs: Sequence[Job], folding: Folding | None, tuning: Tuning | None) -> dict[str, Result]:
+    """The algebra of all jobs; on a CPU as many at a time as it has cores."""
+    jobs = sorted(jobs, key=lambda job: -sum(s.rows * s.columns**2 for s in job.sites))  # the longest first
+    tasks = [partial(_solve_one, run, job, folding, tuning) for job in jobs]
+    with float32_products():
+        done = together(tasks) if run.device.type == "cpu" else [task() for task in tasks]
+    results: dict[str, Result] = {}
+    for solved, held in done:
+        results |= {site.name: (report, site, z) for report, site, z in solved}
         if tuning is not None:
-            tuning.hold(part, weights, solved, stats)
-        for site, weight, z in zip(part, weights, solved, strict=True):
-            dense = z.dense()
-            report = LayerReport(
-                name=site.name,
-                method=site.method,
-                scheme=label(site.group),
-                rel_error=float(z.error),
-                error_of="weight" if stats is None or stats.gram is None else "output",
-                bits_per_weight=bits_per_weight(site),
-                sparsity=float((dense == 0).float().mean()),
-                mask=_mask_name(site, weight, dense),
-                tokens=0 if stats is None else stats.tokens,
-                policy=policy,
-                seconds=seconds,
-            )
-            results[site.name] = (report, site, z)
+            tuning.held += held
     return results
+
+
+def _solve_one(run: Run, job: Job, folding: Folding | None, tuning: Tuning | None) -> tuple[list[Result], list[Held]]:
+    """The results of a job, and what is to be tuned of it."""
+    clock = time.perf_counter()
+    sites, stats = job.sites, job.stats
+    if folding is None:
+        weights = [weight_of(run.subject.model, s).float() for s in sites]
+    else:
+        weights = [folding.weight(s.module) for s in sites]
+        stats = None if stats is None else folding.smoothed(stats, sites[0].module)
+    try:
+        solved = ranks.broadcast(chain.solve(sites[0].steps, weights, stats, run.subject.dtype))
+    except NumericsError as error:
+        raise NumericsError(f"{sites[0].name}: {error}") from None
+    seconds = (time.perf_counter() - clock) / len(sites)
+    results = []
+    for site, weight, z in zip(sites, weights, solved, strict=True):
+        dense = z.dense()
+        report = LayerReport(
+            name=site.name,
+            method=site.method,
+            scheme=label(site.group),
+            rel_error=float(z.error),
+            error_of="weight" if stats is None or stats.gram is None else "output",
+            bits_per_weight=bits_per_weight(site),
+            sparsity=float((dense == 0).float().mean()),
+            mask=_mask_name(site, weight, dense),
+            tokens=0 if stats is None else stats.tokens,
+            policy=job.policy,
+            seconds=seconds,
+        )
+        results.append((report, site, z))
+    return results, [] if tuning is None else tuning.held_of(sites, weights, solved, stats)
 
 
 def _mask_name(site: Site, before: Tensor, after: Tensor) -> str:

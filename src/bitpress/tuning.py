@@ -51,17 +51,19 @@ class Tuning:
         self.seed = (seed * 1_000_003 + index) % (1 << 63)
         self.held: list[Held] = []
 
-    def hold(
+    def held_of(
         self, sites: Sequence[Site], weights: Sequence[Tensor], solved: Sequence[Solved], stats: InputStats | None
-    ) -> None:
-        """Remember linears that were solved, those of them that are to be tuned."""
+    ) -> list[Held]:
+        """What to remember of linears that were solved, those of them that are to be tuned; for `held`."""
+        held = []
         gram = None if stats is None else stats.gram
         for site, weight, z in zip(sites, weights, solved, strict=True):
             if site.tuning is None:
                 continue
             prunes = any(isinstance(s.modifier, PruningModifier) for s in site.steps)
             keep = z.dense() != 0 if prunes else pruned(weight)
-            self.held.append(Held(site, weight.to(self.subject.dtype), z, gram, keep))
+            held.append(Held(site, weight.to(self.subject.dtype), z, gram, keep))
+        return held
 
     def run(
         self,

@@ -37,7 +37,7 @@ def test_scales_are_those_of_the_normal_equations(group_size, symmetric):
     weight, gram, grid = normal(6, C), gram_of(), grid_of(group_size, symmetric)
     qparams = find_qparams(weight, grid)
     codes = quantize(weight, qparams, grid)
-    found = refit_scales(weight, codes, gram, qparams, grid)
+    found = refit_scales(weight @ gram, codes, gram, qparams, grid)
     G, size = grid.groups(C), C // grid.groups(C)
     H = gram.double()
     for r in range(6):
@@ -59,14 +59,16 @@ def test_scales_are_those_of_the_normal_equations(group_size, symmetric):
 def test_shared_scales_stay(keys):
     weight, grid = normal(6, C), grid_of(**keys)
     qparams = find_qparams(weight, grid)
-    assert refit_scales(weight, quantize(weight, qparams, grid), gram_of(), qparams, grid) is qparams
+    gram = gram_of()
+    assert refit_scales(weight @ gram, quantize(weight, qparams, grid), gram, qparams, grid) is qparams
 
 
 def test_a_group_of_zeros_keeps_its_scale():
     weight, grid = normal(3, C), grid_of()
     weight[1, 8:16] = 0
     qparams = find_qparams(weight, grid)
-    found = refit_scales(weight, quantize(weight, qparams, grid), gram_of(), qparams, grid)
+    gram = gram_of()
+    found = refit_scales(weight @ gram, quantize(weight, qparams, grid), gram, qparams, grid)
     assert found.scale[1, 1] == qparams.scale[1, 1]
     assert torch.isfinite(found.scale).all()
 

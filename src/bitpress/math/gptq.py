@@ -93,9 +93,10 @@ def gptq(
         codes[some] = descend(
             wanted[some], codes[some], ordered, mine, groups, grid, block_size, passes=PASSES, keep=keep[some][:, perm]
         )
+    weight_gram = target @ hessian if refine else target
     for _ in range(refine):
         codes = descend(wanted, codes, ordered, qparams, groups, grid, block_size, passes=1, keep=kept)
-        qparams = refit_scales(target, codes[:, back], hessian, qparams, grid)
+        qparams = refit_scales(weight_gram, codes[:, back], hessian, qparams, grid)
     in_place = codes[:, back]
     return [
         solved(w, part.contiguous(), qparams.rows(end - len(w), end), gram)
