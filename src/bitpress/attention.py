@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitpress.math.stats import bfloat16_products, mode_is_exact
+from bitpress.math.products import bfloat16_products, mode_is_exact
 from bitpress.threads import together, workers
 
 SLICE = 64  # queries a slice: shorter ones save more of the upper triangle, but are slower a flop

@@ -89,7 +89,7 @@ def budget(
     device_bytes = (
         fixed + batch_size * sequence + (hidden if where == "device" else 0) + min(sum(set(grams)), gram_bytes)
     )
-    host = device_bytes if on_cpu else PROCESS_BYTES + outside + 3 * block + (hidden if where == "host" else 0)
+    host = device_bytes if on_cpu else PROCESS_BYTES + outside + 4 * block + (hidden if where == "host" else 0)
     return {
         "host_bytes": host, "device_bytes": 0 if on_cpu else device_bytes, "batch_size": batch_size,
         "gram_bytes": gram_bytes, "hidden_on": where,

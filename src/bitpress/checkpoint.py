@@ -155,38 +155,47 @@ def read_tensors(wanted: Iterable[tuple[str, Path]], device: torch.device | str 
     return out
 
 
-def file_size(spec: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> int:
-    """Exact bytes of the safetensors file that holds tensors of these dtypes and shapes."""
+Spec = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+def _header(spec: Spec) -> tuple[bytes, dict[str, int]]:
+    """What a safetensors file of these dtypes and shapes begins with, and the bytes of its tensors, in their order."""
     rank = {dtype: i for i, dtype in enumerate(CODES)}
-    order = sorted(spec, key=lambda name: (rank[spec[name][0]], name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    sizes: dict[str, int] = {}
     offset = 0
-    for name in order:
+    for name in sorted(spec, key=lambda name: (rank[spec[name][0]], name)):
         dtype, shape = spec[name]
-        end = offset + dtype.itemsize * int(torch.Size(shape).numel())
+        sizes[name] = dtype.itemsize * int(torch.Size(shape).numel())
+        end = offset + sizes[name]
         header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
-    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
-    return 8 + -(-length // 8) * 8 + offset
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    return struct.pack("<Q", len(raw)) + raw, sizes
+
+
+def file_size(spec: Spec) -> int:
+    """Exact bytes of the safetensors file that holds tensors of these dtypes and shapes."""
+    raw, sizes = _header(spec)
+    return len(raw) + sum(sizes.values())
 
 
 def write_shard(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file so that it is there whole, on the disk, or not at all."""
-    from safetensors.torch import save_file
+    """Write a safetensors file so that it is there whole, on the disk, or not at all.
 
+    The bytes are those of `safetensors.torch.save_file`, which holds the interpreter while it writes: a block at work
+    beside it would stand still.
+    """
     partial = file.with_suffix(".partial")
-    ready = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    save_file(ready, partial, metadata={"format": "pt"})
-    partial.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
+    raw, sizes = _header({name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()})
+    with partial.open("wb") as out:
+        out.write(raw)
+        for name in sizes:
+            out.write(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     sync(partial)
     os.replace(partial, file)
     sync(file.parent)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_text(file: Path, text: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,16 @@ class Output:
         shards: number of shards: the blocks and the rest.
         compressed: packed weights; else dense ones beside their scales and zero points.
         verify: read every shard back and compare the weights with what was solved.
+        beside: write a shard while the next block is at work; at most one waits.
     """
 
-    def __init__(self, folder: Path, journal: Journal, shards: int, *, compressed: bool, verify: bool) -> None:
+    def __init__(
+        self, folder: Path, journal: Journal, shards: int, *, compressed: bool, verify: bool, beside: bool = False
+    ) -> None:
         self.folder, self.journal, self.work = folder, journal, journal.folder
         self.shards, self.compressed, self.verify = shards, compressed, verify
+        self._writer = ThreadPoolExecutor(1, "bitpress-writer") if beside else None
+        self._waiting: Future[None] | None = None
 
     def finished(self, shard: int) -> dict[str, Any] | None:
         """The journal's entry of a shard, None if it is not finished."""
@@ -55,10 +61,10 @@ class Output:
         final = self.folder / name
         return final if final.is_file() else self.work / name
 
-    def read(self, shard: int, site: Site) -> Solved:
+    def read(self, shard: int, site: Site, device: torch.device | str = "cpu") -> Solved:
         """A solved linear from its shard."""
         file = self.file(shard)
-        return read_site(lambda _: file, site, compressed=self.compressed)
+        return read_site(lambda _: file, site, compressed=self.compressed, device=device)
 
     def read_others(
         self, shard: int, subject: Subject, prefix: str | None, sites: Sequence[Site]
@@ -93,7 +99,7 @@ class Output:
             beside: more tensors, by name on disk.
 
         Raises:
-            CheckpointError: what is read back is not what was solved.
+            CheckpointError: what is read back is not what was solved, of this shard or of the one before.
         """
         by_key = {site.key: (site, z) for site, z in solved}
         others = dict(changed or {})
@@ -106,22 +112,56 @@ class Output:
         tensors |= beside or {}
         if last:
             tensors |= subject.extra()
+        compared = solved if self.verify else ()
+        if self._writer is None:
+            self._save(shard, tensors, compared, rows)
+            return
+        self.settle()
+        ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        ready.record()
+        self._waiting = self._writer.submit(self._save_beside, ready, shard, tensors, compared, rows)
+
+    def settle(self) -> None:
+        """Wait for the shard that is being written.
+
+        Raises:
+            CheckpointError: what was read back is not what was solved.
+        """
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            waiting.result()
+
+    def close(self) -> None:
+        """Wait for the shard that is being written, whatever becomes of it."""
+        if self._writer is not None:
+            self._writer.shutdown()
+
+    def _save_beside(self, ready: torch.cuda.Event, *args: Any) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+            ready.wait()
+            self._save(*args)
+
+    def _save(
+        self,
+        shard: int,
+        tensors: dict[str, torch.Tensor],
+        compared: Sequence[tuple[Site, Solved]],
+        rows: list[dict[str, Any]],
+    ) -> None:
+        """Write a file, read linears back to compare them, and say in the journal that it is finished."""
         file = self.work / f"model-{shard + 1:05d}-of-{self.shards:05d}.safetensors"
         write_shard(file, tensors)
-        if self.verify:
-            for site, z in solved:
-                self._compare(shard, site, z)
+        for site, z in compared:
+            dense = z.dense()
+            if not torch.equal(self.read(shard, site, dense.device).dense(), dense):
+                raise CheckpointError(
+                    f"{site.name}: the weight read back from {file.name} is not the one that was solved; "
+                    "the disk or the packing is at fault, nothing has been completed"
+                )
         sizes = {name: t.numel() * t.element_size() for name, t in sorted(tensors.items())}
         self.journal.add(
             {"shard": shard, "file": file.name, "bytes": file.stat().st_size, "tensors": sizes, "rows": rows}
         )
-
-    def _compare(self, shard: int, site: Site, solved: Solved) -> None:
-        if not torch.equal(self.read(shard, site).dense(), solved.dense().cpu()):
-            raise CheckpointError(
-                f"{site.name}: the weight read back from {self.file(shard).name} is not the one that was solved; "
-                "the disk or the packing is at fault, nothing has been completed"
-            )
 
     def finish(self, subject: Subject, plan: Plan, recipe: str, report: dict[str, Any], tokenizer: Any) -> None:
         """Complete the folder: tokenizer and the rest, report, index, shards in place, config.json, in this order."""
@@ -159,10 +199,12 @@ class Output:
         return config
 
 
-def read_site(file_of: Callable[[str], Path], site: Site, *, compressed: bool) -> Solved:
+def read_site(
+    file_of: Callable[[str], Path], site: Site, *, compressed: bool, device: torch.device | str = "cpu"
+) -> Solved:
     """A solved linear from the files that hold its tensors, packed or dense beside its scales."""
     names = {f"{site.name}.{suffix}": suffix for suffix in stored_spec(site, compressed=compressed)}
-    tensors = read_tensors((name, file_of(name)) for name in names)
+    tensors = read_tensors(((name, file_of(name)) for name in names), device)
     parts = {suffix: tensors[name] for name, suffix in names.items()}
     scheme = site.scheme
     if scheme is None:

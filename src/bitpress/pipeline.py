@@ -46,7 +46,11 @@ def execute(run: Run) -> None:
                 feeds=index < plan.last_block,
             )
         _outside(run, states)
+        if run.output is not None:
+            run.output.settle()
     finally:
+        if run.output is not None:
+            run.output.close()
         states.close()
         if run.full is not None:
             run.full.close()
@@ -78,6 +82,8 @@ def _block(run: Run, index: int, states: HiddenStates, *, collects: bool, feeds:
     else:
         progress.at(index, "loading")
         subject.load(prefix, run.device)
+        if run.device.type == "cuda" and index + 1 < len(subject.blocks):  # while this one is at work
+            subject.fetch(subject.blocks.prefix(index + 1))
         run.timed("load", clock)
         folding = Folding(subject, index, uses, sites) if (uses := run.plan.smoothing[index]) else None
         tuning = Tuning(subject, index, run.seed) if any(s.tuning for s in sites) else None

@@ -16,7 +16,8 @@ from bitpress.blocks import Batch, collect
 from bitpress.errors import NumericsError
 from bitpress.folding import Folding
 from bitpress.math import masks
-from bitpress.math.stats import InputStats, float32_products
+from bitpress.math.products import float32_products
+from bitpress.math.stats import InputStats
 from bitpress.modifiers.base import PruningModifier
 from bitpress.plan import experts_in
 from bitpress.report import LayerReport

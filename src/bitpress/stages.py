@@ -159,7 +159,9 @@ def _run_stage(
             args.progress.note(f"{len(log.done)} of {len(plan.shards)} shards are finished; going on from there")
         numerics = _adopt(log.numerics, numerics, place)
         packed = args.save_compressed and last
-        output = Output(place, log, len(plan.shards), compressed=packed, verify=args.verify)
+        output = Output(
+            place, log, len(plan.shards), compressed=packed, verify=args.verify, beside=ready.device.type == "cuda"
+        )
     earlier = {site.name: z for site, z in done.solved}
 
     def inherited(site: Site) -> Solved:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,9 @@ class Subject:
     def load(self, prefix: str | None, device: torch.device, weights: dict[str, Tensor] | None = None) -> None:
         """Make a block (None: what is outside the blocks) ready to run; `weights` take the place of stored ones."""
         raise NotImplementedError
+
+    def fetch(self, prefix: str) -> None:
+        """Begin to read what `load` is going to need."""
 
     def unload(self, prefix: str | None) -> None:
         """Free what `load` took."""
@@ -188,6 +192,8 @@ class FolderSubject(Subject):
         self.layout = layout(self.model, self.source.tensors.keys() - set(hidden))
         self.blocks = Blocks(self.model)
         self.experts = unfuse(self.model)
+        self._reader = ThreadPoolExecutor(1, "bitpress-reader")
+        self._ahead: dict[str | None, Future[dict[str, Tensor]]] = {}
         self._check_complete()
 
     def _check_complete(self) -> None:
@@ -212,13 +218,22 @@ class FolderSubject(Subject):
     def load(self, prefix: str | None, device: torch.device, weights: dict[str, Tensor] | None = None) -> None:
         weights = weights or {}
         keys = [k for k in self.keys(prefix) if k not in weights]
-        for key, tensor in {**self.stored(keys), **weights}.items():
+        ahead = self._ahead.pop(prefix, None)
+        stored = self.stored(keys) if ahead is None else {k: t for k, t in ahead.result().items() if k in keys}
+        for key, tensor in {**stored, **weights}.items():
             _set_tensor(self.model, key, tensor, device)
         if prefix is None:
             if self.tied:
                 self.model.tie_weights()  # type: ignore[operator]
             for name, buffer in self.model.named_buffers():
                 _set_buffer(self.model, name, buffer.to(device))
+
+    def fetch(self, prefix: str) -> None:
+        def read() -> dict[str, Tensor]:
+            return {key: tensor.pin_memory() for key, tensor in self.stored(self.keys(prefix)).items()}
+
+        if prefix not in self._ahead:
+            self._ahead[prefix] = self._reader.submit(read)
 
     def unload(self, prefix: str | None) -> None:
         for key in self.keys(prefix):
@@ -341,7 +356,9 @@ def _set_tensor(model: nn.Module, key: str, tensor: Tensor, device: torch.device
         module._buffers[leaf] = tensor.to(device, None if old is None else old.dtype)
         return
     dtype = module._parameters[leaf].dtype  # type: ignore[union-attr]
-    module._parameters[leaf] = nn.Parameter(tensor.to(device, dtype), requires_grad=False)
+    module._parameters[leaf] = nn.Parameter(
+        tensor.to(device, dtype, non_blocking=tensor.is_pinned()), requires_grad=False
+    )
 
 
 def _set_buffer(model: nn.Module, name: str, buffer: Tensor) -> None:

@@ -47,9 +47,12 @@ def random_spec(seed):
 @pytest.mark.parametrize("first", range(0, 200, 50))
 def test_size_is_known_before_writing(first, tmp_path):
     for seed in range(first, first + 50):
-        spec, path = random_spec(seed), tmp_path / f"{seed}.safetensors"
-        write_shard(path, {name: torch.zeros(shape).to(dtype) for name, (dtype, shape) in spec.items()})
+        spec, path, theirs = random_spec(seed), tmp_path / f"{seed}.safetensors", tmp_path / "theirs.safetensors"
+        tensors = {name: torch.zeros(shape).to(dtype) for name, (dtype, shape) in spec.items()}
+        write_shard(path, tensors)
         assert path.stat().st_size == file_size(spec), spec
+        save_file(tensors, theirs, metadata={"format": "pt"})
+        assert path.read_bytes() == theirs.read_bytes(), spec
         _, header = read_header(path)
         assert header.pop("__metadata__") == {"format": "pt"}
         assert {n: (DTYPES[e["dtype"]], tuple(e["shape"])) for n, e in header.items()} == spec

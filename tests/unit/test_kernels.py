@@ -50,3 +50,35 @@ def test_the_same_codes_as_the_pure_walk(kind, rows, columns, condition, pruned)
     found = descend_by_kernel(*args, passes=2, keep=moved[3]).cpu()
     assert (found.float() == better.float()).float().mean() > 0.995
     assert not torch.equal(better.float(), codes.float()) or columns == 8
+
+
+@pytest.mark.parametrize("kind", GRIDS)
+@pytest.mark.parametrize(("rows", "columns"), [(5, 8), (17, 136)])
+def test_the_losses_of_the_scale_search(kind, rows, columns):
+    from bitpress.math.grid import _squared_error, losses_by_kernel
+
+    grid = Grid(per_tensor=False, scale_dtype=torch.bfloat16, **GRIDS[kind])
+    weight, gram, _, _ = problem(rows, columns, grid, 3)
+    G = grid.groups(columns)
+    candidates = [find_qparams(weight, grid, share=share) for share in (1.05, 0.8, 0.5)]
+    found = losses_by_kernel(weight.to(DEVICE), [c.to(DEVICE) for c in candidates], gram.diagonal().to(DEVICE), grid)
+    for loss, candidate in zip(found, candidates, strict=True):
+        importance = gram.diagonal().reshape(1, G, -1)
+        expected = _squared_error(weight.reshape(rows, G, -1), candidate, importance, grid)
+        torch.testing.assert_close(loss.cpu(), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("rows", "groups", "size"), [(5, 3, 16), (70, 2, 64), (3, 1, 128)])
+def test_the_normal_equations_of_the_refit(rows, groups, size):
+    from bitpress.math.kernels.pairs import normal_matrices
+
+    generator = torch.Generator().manual_seed(rows)
+    columns = groups * size
+    z = torch.randint(-8, 8, (rows, columns), generator=generator).float()
+    x = torch.randn(2 * columns, columns, generator=generator)
+    hessian = x.T @ x
+    found = normal_matrices(z.to(DEVICE), hessian.to(DEVICE), groups).cpu()
+    parts = z.double().reshape(rows, groups, size)
+    blocks = hessian.double().reshape(groups, size, groups, size)
+    expected = torch.einsum("rgi,gikj,rkj->rgk", parts, blocks, parts)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from bitpress.math import stats as stats_module
-from bitpress.math.stats import BLOCK_ROW, GramAccumulator, InputStats, bfloat16_products, float32_products
+from bitpress.math import products
+from bitpress.math.products import bfloat16_products, float32_products
+from bitpress.math.stats import BLOCK_ROW, GramAccumulator, InputStats
 
 BACKEND = torch.backends.mkldnn.matmul
 
@@ -27,7 +28,7 @@ def batches(width, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
 @pytest.mark.parametrize("width", [1, 7, BLOCK_ROW, BLOCK_ROW + 1, 511, 512, 1100])
 def test_gram_equals_float64(width, dtype, monkeypatch):
-    monkeypatch.setattr(stats_module, "CHUNK", 8)  # several chunks a batch, the last one partly filled
+    monkeypatch.setattr(products, "CHUNK", 8)  # several chunks a batch, the last one partly filled
     sums = GramAccumulator(width, torch.device("cpu"))
     inputs = batches(width, dtype)
     before = [x.clone() for x in inputs]
@@ -61,7 +62,7 @@ def test_the_setting_of_matrix_products_is_put_back(dtype, precision):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_only_bfloat16_inputs_are_multiplied_in_bfloat16(dtype, monkeypatch):
     asked = []
-    monkeypatch.setattr(stats_module, "bfloat16_products", lambda on: asked.append(on) or bfloat16_products(on))
+    monkeypatch.setattr(products, "bfloat16_products", lambda on: asked.append(on) or bfloat16_products(on))
     GramAccumulator(8, torch.device("cpu")).add(torch.ones(3, 8, dtype=dtype))
     assert set(asked) == {dtype == torch.bfloat16}
 
@@ -106,7 +107,7 @@ def test_float32_products_are_accurate_and_the_setting_is_put_back(precision):
 )
 def test_other_processors_keep_the_setting(features, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
-    assert stats_module.mode_is_exact.__wrapped__() is False
+    assert products.mode_is_exact.__wrapped__() is False
 
 
 def test_a_mode_that_rounds_is_not_used(monkeypatch):
@@ -117,4 +118,4 @@ def test_a_mode_that_rounds_is_not_used(monkeypatch):
         return product(a.bfloat16().float(), b.bfloat16().float()) if a.dtype == torch.float32 else product(a, b)
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
-    assert stats_module.mode_is_exact.__wrapped__() is False
+    assert products.mode_is_exact.__wrapped__() is False

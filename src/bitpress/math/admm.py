@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bitpress.errors import NumericsError
-from bitpress.math.stats import bfloat16_products
+from bitpress.math.products import bfloat16_products
 
 # On the scale of a Hessian with unit diagonal, a penalty of 1 compares what a kept weight is worth with what a pruned
 # one would be. It is reached from below: that lets masks change, and slower growth than this found no better ones.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bitpress.math.grid import CHUNK, Grid, QParams, Solved, dequantize, find_qparams, least, quantize, solved
-from bitpress.math.stats import bfloat16_products
+from bitpress.math.products import bfloat16_products
 
 SMALLEST = 1e-4  # of a scale before normalization
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bitpress.math.grid import Grid, QParams, values_of
+from bitpress.math.products import product
 from bitpress.math.sweep import Rounding, by_columns, transposed, walk
 
 
@@ -85,5 +86,5 @@ def descend_by_kernel(
     dense = (values if zero is None else values - zero[groups]) * scale[groups]
     target, steps = weight.T, 1 / hessian.diagonal()
     for _ in range(passes):
-        values = columns.walk(hessian @ (target - dense), hessian, scale, zero, groups, grid, steps, kept, dense)
+        values = columns.walk(product(hessian, target - dense), hessian, scale, zero, groups, grid, steps, kept, dense)
     return grid.codes(values).T.contiguous()

@@ -19,6 +19,7 @@ from bitpress.math.correct import correction
 from bitpress.math.descent import descend
 from bitpress.math.grid import Grid, QParams, Solved, find_all, solved
 from bitpress.math.masks import pruned
+from bitpress.math.products import product
 from bitpress.math.refit import refit_scales
 from bitpress.math.stats import InputStats
 from bitpress.math.sweep import inverse_factor, sweep
@@ -93,7 +94,7 @@ def gptq(
         codes[some] = descend(
             wanted[some], codes[some], ordered, mine, groups, grid, block_size, passes=PASSES, keep=keep[some][:, perm]
         )
-    weight_gram = target @ hessian if refine else target
+    weight_gram = product(target, hessian) if refine else target
     for _ in range(refine):
         codes = descend(wanted, codes, ordered, qparams, groups, grid, block_size, passes=1, keep=kept)
         qparams = refit_scales(weight_gram, codes[:, back], hessian, qparams, grid)

@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bitpress.math.stats import bfloat16_products
+from bitpress.math.products import bfloat16_products, product
 
 CHUNK = 1 << 20  # weights per chunk of the scale search; 2^17 and less were slower
 SHRINK = tuple(1.06 - 0.03 * k for k in range(22))  # candidate scales, as shares of the min-max scale
@@ -233,9 +233,21 @@ def find_qparams(
         return _from_range(low * share, high * share, grid, top)
     if importance is None:
         importance = torch.ones(C, device=weight.device)
-    importance = importance.reshape(1, G, C // G).float()
     candidates = [_from_range(low * share, high * share, grid, top) for share in grid.shares]
+    if weight.device.type == "cuda":
+        return least(candidates, losses_by_kernel(weight, candidates, importance, grid), grid)
+    importance = importance.reshape(1, G, C // G).float()
     return least(candidates, [_squared_error(grouped, c, importance, grid) for c in candidates], grid)
+
+
+def losses_by_kernel(weight: Tensor, candidates: Sequence[QParams], importance: Tensor, grid: Grid) -> Sequence[Tensor]:
+    """What each candidate costs, (R, G), by `bitpress.math.kernels.search`."""
+    from bitpress.math.kernels import search
+
+    scale = torch.stack([c.effective() for c in candidates])
+    zeros = [c.zero_point.float() for c in candidates if c.zero_point is not None]
+    zero = torch.stack(zeros) if zeros else None
+    return search.losses(weight.contiguous(), scale, zero, importance.float().contiguous(), grid).unbind()
 
 
 def least(candidates: Sequence[QParams], losses: Sequence[Tensor], grid: Grid) -> QParams:
@@ -376,7 +388,7 @@ def relative_error(weight: Tensor, dense: Tensor, gram: Tensor | None) -> Tensor
     if gram is None:
         return delta.square().sum() / weight.square().sum().clamp(min=1e-30)
     with bfloat16_products(True):  # a figure for the report: three digits are enough
-        lost, kept = ((x @ gram).mul_(x).sum() for x in (delta, weight))
+        lost, kept = (product(x, gram).mul_(x).sum() for x in (delta, weight))
     return lost / kept.clamp(min=1e-30)
 
 

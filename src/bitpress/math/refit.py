@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bitpress.math.grid import Grid, QParams, values_of
 
-CHUNK = 1 << 22  # numbers of the normal equations solved together
+CHUNK, LARGE_CHUNK = 1 << 22, 1 << 26  # numbers of the normal equations solved together, on a CPU and on a GPU
 RIDGE = 1e-4  # of the mean diagonal: pulls scales that the data says nothing about to where they were
 FARTHEST = 2.0  # times its old value that a scale may become
 
@@ -43,18 +43,30 @@ def refit_scales(weight_gram: Tensor, codes: Tensor, hessian: Tensor, qparams: Q
     flat = z.reshape(R, C)
     right = (weight_gram * flat).reshape(R, G, -1).sum(-1)
     new = torch.empty_like(qparams.scale)
-    step = max(1, CHUNK // max(G * G, C))
+    step = max(1, (LARGE_CHUNK if codes.device.type == "cuda" else CHUNK) // max(G * G, C))
     for lo in range(0, R, step):
         part = slice(lo, min(lo + step, R))
-        normal = torch.empty(part.stop - lo, G, G, device=codes.device)
-        for g in range(G):
-            columns = slice(g * (C // G), C)  # of this group and the later ones: the matrix is symmetric
-            rows = slice(g * (C // G), (g + 1) * (C // G))
-            product = (z[part, g] @ hessian[rows, columns]).mul_(flat[part, columns])
-            normal[:, g, g:] = product.reshape(part.stop - lo, G - g, -1).sum(-1)
-            normal[:, g:, g] = normal[:, g, g:]
+        normal = _normal_matrices(flat[part], hessian, G)
         new[part] = _better(normal.double(), right[part].double(), qparams.scale[part])
     return replace(qparams, scale=new)
+
+
+def _normal_matrices(z: Tensor, hessian: Tensor, groups: int) -> Tensor:
+    """A (rows, G, G) float32 of each row of z (rows, C)."""
+    R, C = z.shape
+    size = C // groups
+    if z.device.type == "cuda":
+        from bitpress.math.kernels import pairs
+
+        if size in pairs.SIZES:
+            return pairs.normal_matrices(z, hessian, groups)
+    normal = torch.empty(R, groups, groups, device=z.device)
+    for g in range(groups):
+        rows, columns = slice(g * size, (g + 1) * size), slice(g * size, C)  # the matrix is symmetric
+        product = (z[:, rows] @ hessian[rows, columns]).mul_(z[:, columns])
+        normal[:, g, g:] = product.reshape(R, groups - g, size).sum(-1)
+        normal[:, g:, g] = normal[:, g, g:]
+    return normal
 
 
 def _better(A: Tensor, b: Tensor, scale: Tensor) -> Tensor:

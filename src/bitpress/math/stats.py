@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from bitpress.math.products import bfloat16_products
 
 # Columns of one block row of the triangular product: narrower saves more of the lower triangle, but is slower a
 # flop. On 2 cores with AVX-512 bfloat16, 8192 x 1536 took 81 ms whole, 58 ms in rows of 512, 50 ms in rows of 192;
@@ -199,50 +198,3 @@ def _scratch(shape: torch.Size, device: torch.device) -> Tensor:
     if held is None or held.numel() < shape.numel():
         held = _buffers[device] = torch.empty(shape.numel(), device=device)
     return held[: shape.numel()].view(shape)
-
-
-@contextmanager
-def bfloat16_products(enabled: bool) -> Iterator[None]:
-    """Within it, float32 matrix products on the CPU multiply in bfloat16 and accumulate in float32.
-
-    The switch is process-wide in torch, so it is set for as short as possible and put back.
-    """
-    if not enabled:
-        yield
-        return
-    backend: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = backend.fp32_precision
-    backend.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        backend.fp32_precision = before
-
-
-@contextmanager
-def float32_products() -> Iterator[None]:
-    """Within it, float32 matrix products on the CPU are oneDNN's where those are float32 products in its bfloat16 mode.
-
-    They are on processors with AVX-512 bfloat16 but without AMX, and there twice as fast as MKL's on AMD.
-    """
-    with bfloat16_products(mode_is_exact()):
-        yield
-
-
-@cache
-def mode_is_exact() -> bool:
-    """Whether products in the bfloat16 mode are float32's, on a processor with AVX-512 bfloat16 but without AMX.
-
-    It is tried out, as oneDNN does not promise it. Older torch does not tell the processor's features: then no.
-    """
-    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    if not found.get("avx512_bf16") or found.get("amx_tile"):
-        return False
-    generator = torch.Generator().manual_seed(0)
-    with bfloat16_products(True):
-        for rows, inner, columns in ((64, 64, 64), (16, 128, 512), (512, 512, 512)):
-            a, b = (torch.randn(s, generator=generator) for s in ((rows, inner), (inner, columns)))
-            exact = a.double() @ b.double()
-            if float((a @ b - exact).abs().max() / exact.abs().max()) > 1e-5:
-                return False
-    return True

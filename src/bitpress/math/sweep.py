@@ -18,6 +18,7 @@ from torch import Tensor
 from bitpress.errors import NumericsError
 from bitpress.math.grid import Grid, QParams, values_of
 
+SUBSTITUTED = 1024  # rows of a triangular matrix that is not halved
 LEAF = 16  # columns updated one by one; wider blocks are halved and updated by matrix products
 
 
@@ -37,10 +38,22 @@ def inverse_factor(hessian: Tensor) -> Tensor:
         lower, info = torch.linalg.cholesky_ex(flipped)
         if info.item() != 0:
             raise NumericsError("the Gram matrix is not positive definite: raise dampening_frac or give more data")
-    eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-    inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
-    factor: Tensor = inverse.flip(0, 1).to(hessian.dtype)
-    return factor
+    return triangular_inverse(lower).flip(0, 1).to(hessian.dtype)
+
+
+def triangular_inverse(lower: Tensor) -> Tensor:
+    """The inverse of a lower triangular matrix; on a GPU by halves, where products are faster than substitution."""
+    size = len(lower)
+    if lower.device.type != "cuda" or size <= SUBSTITUTED:
+        eye = torch.eye(size, dtype=lower.dtype, device=lower.device)
+        inverse: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False)
+        return inverse
+    half = size // 2
+    out = torch.zeros_like(lower)
+    out[:half, :half] = first = triangular_inverse(lower[:half, :half])
+    out[half:, half:] = second = triangular_inverse(lower[half:, half:])
+    out[half:, :half] = (second @ (lower[half:, :half] @ first)).neg_()
+    return out
 
 
 def sweep(

@@ -13,10 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitpress.math.grid import FLOATS, Grid
+from bitpress.math.grid import Grid
+from bitpress.math.kernels.rounding import nearest, numbers_of
+from bitpress.math.products import subtract_product
 
 COLUMNS, ROWS = 128, 16  # of a tile
-ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and taking it away rounds to even
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -47,14 +48,7 @@ def _block(  # type: ignore[no-untyped-def]  # the compiler reads annotations
         if KEEP:
             x = x * tl.load(keep + at * R + rows, mask=inside, other=0.0)
         z = tl.load(zero + group * R + rows, mask=inside, other=0.0) if ZERO else 0.0
-        x = x + z
-        if FLOAT:
-            binade = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-            unit = tl.maximum(binade, least) * fraction
-            x = tl.minimum(tl.maximum((tl.div_rn(x, unit) + ROUND - ROUND) * unit, low), high)
-        else:
-            x = tl.minimum(tl.maximum(x, low - 1.0), high + 1.0)
-            x = tl.minimum(tl.maximum(x + ROUND - ROUND, low), high)
+        x = nearest(x + z, low, high, least, fraction, FLOAT)
         q = (x - z) * s
         if DESCEND:
             error = q - before
@@ -96,21 +90,16 @@ def walk(
     C, R = work.shape
     values = torch.empty_like(work)
     errors = torch.empty(COLUMNS, R, device=work.device)
-    if grid.values == "int":
-        low, high, least, fraction = float(grid.qmin), float(grid.qmax), 1.0, 1.0
-    else:
-        mantissa, exponent, high = FLOATS[grid.values]
-        low, least, fraction = -high, 2.0**exponent, 2.0**-mantissa
     groups, factor = groups.to(torch.int32), factor.contiguous()
     for base in range(0, C, COLUMNS):
         count = min(COLUMNS, C - base)
         _block[(triton.cdiv(R, ROWS),)](
             work, factor, scale, work if zero is None else zero, groups, work if keep is None else keep,
-            work if dense is None else dense, steps, values, errors, base, C, R, low, high, least, fraction,
+            work if dense is None else dense, steps, values, errors, base, C, R, *numbers_of(grid),
             FLOAT=grid.values != "int", ZERO=zero is not None, KEEP=keep is not None, DESCEND=dense is not None,
             COUNT=count, B=COLUMNS, T=ROWS, num_warps=4,
         )  # fmt: skip
         end = base + count
         if end < C:
-            work[end:].addmm_(factor[base:end, end:].T, errors[:count], alpha=-1)
+            subtract_product(work[end:], factor[base:end, end:], errors[:count])
     return values
