@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bitpress.math import products
+from bitpress.math import stats as stats_module
 from bitpress.math.products import bfloat16_products, float32_products
 from bitpress.math.stats import BLOCK_ROW, GramAccumulator, InputStats
 
@@ -28,7 +29,7 @@ def batches(width, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
 @pytest.mark.parametrize("width", [1, 7, BLOCK_ROW, BLOCK_ROW + 1, 511, 512, 1100])
 def test_gram_equals_float64(width, dtype, monkeypatch):
-    monkeypatch.setattr(products, "CHUNK", 8)  # several chunks a batch, the last one partly filled
+    monkeypatch.setattr(stats_module, "CHUNK", 8)  # several chunks a batch, the last one partly filled
     sums = GramAccumulator(width, torch.device("cpu"))
     inputs = batches(width, dtype)
     before = [x.clone() for x in inputs]
@@ -62,7 +63,7 @@ def test_the_setting_of_matrix_products_is_put_back(dtype, precision):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_only_bfloat16_inputs_are_multiplied_in_bfloat16(dtype, monkeypatch):
     asked = []
-    monkeypatch.setattr(products, "bfloat16_products", lambda on: asked.append(on) or bfloat16_products(on))
+    monkeypatch.setattr(stats_module, "bfloat16_products", lambda on: asked.append(on) or bfloat16_products(on))
     GramAccumulator(8, torch.device("cpu")).add(torch.ones(3, 8, dtype=dtype))
     assert set(asked) == {dtype == torch.bfloat16}
 
