@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitpress import chain, ranks
+from bitpress import chain, memory, ranks
 from bitpress.blocks import Batch, collect
 from bitpress.errors import NumericsError
 from bitpress.folding import Folding
@@ -188,6 +188,9 @@ def _first(run: Run, states: HiddenStates) -> Batch:
     return run.batches[0][:1].to(run.device), None if hidden is None else hidden[:1]
 
 
+SMALL = 1 << 21  # weights; larger linears keep all cores busy, and take memory, one at a time
+
+
 @dataclass(frozen=True)
 class Job:
     """Linears with the same steps that one call of the solver takes, and what it is to know of their input."""
@@ -208,11 +211,17 @@ def _alike(sites: Sequence[Site], *, share_input: bool) -> list[list[Site]]:
 
 
 def _solve(run: Run, jobs: Sequence[Job], folding: Folding | None, tuning: Tuning | None) -> dict[str, Result]:
-    """The algebra of all jobs; on a CPU as many at a time as it has cores."""
-    jobs = sorted(jobs, key=lambda job: -sum(s.rows * s.columns**2 for s in job.sites))  # the longest first
-    tasks = [partial(_solve_one, run, job, folding, tuning) for job in jobs]
+    """The algebra of all jobs; on a CPU small ones at the same time, as many as it has cores."""
+    sizes = [sum(site.rows * site.columns for site in job.sites) for job in jobs]
+    order = sorted(range(len(jobs)), key=sizes.__getitem__, reverse=True)
+    tasks = [partial(_solve_one, run, jobs[i], folding, tuning) for i in order]
+    alone = len(tasks) if run.device.type != "cpu" else sum(size > SMALL for size in sizes)
+    done = []
     with float32_products():
-        done = together(tasks) if run.device.type == "cpu" else [task() for task in tasks]
+        for task in tasks[:alone]:
+            done.append(task())
+            memory.give_back()
+        done += together(tasks[alone:])
     results: dict[str, Result] = {}
     for solved, held in done:
         results |= {site.name: (report, site, z) for report, site, z in solved}

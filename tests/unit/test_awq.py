@@ -46,6 +46,17 @@ def test_the_score_is_the_error_of_the_outputs(grid):
     assert rounding_error(readers, gram, None) == pytest.approx(rounding_error(readers, gram, torch.ones(64)))
 
 
+def test_a_scale_must_save_more_than_the_margin():
+    x, grid = with_outliers(), GRIDS["channel"]
+    readers, gram, columns = [Reader(normal(24, 64, seed=2), grid)], x.T @ x, torch.arange(64)
+    curve = [x.abs().mean(0) ** (i / 4) for i in range(5)]
+    best = best_scale(readers, gram, columns, [curve])
+    saved = 1 - rounding_error(readers, gram, best) / rounding_error(readers, gram, None)
+    assert 0.05 < saved < 0.95
+    assert torch.equal(best_scale(readers, gram, columns, [curve], saved - 0.02), best)
+    assert torch.equal(best_scale(readers, gram, columns, [curve], saved + 0.02), torch.ones(64))
+
+
 def test_an_observer_that_searches_is_scored_as_it_searches():
     x, w = with_outliers(), normal(24, 64, seed=2)
     grid, gram = GRIDS["symmetric"], (x.T @ x)

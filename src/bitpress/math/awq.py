@@ -37,7 +37,13 @@ class Reader:
     observer: str = "minmax"
 
 
-def best_scale(readers: Sequence[Reader], gram: Tensor, columns: Tensor, curves: Sequence[Sequence[Tensor]]) -> Tensor:
+def best_scale(
+    readers: Sequence[Reader],
+    gram: Tensor,
+    columns: Tensor,
+    curves: Sequence[Sequence[Tensor]],
+    margin: float = 0.0,
+) -> Tensor:
     """The scale with the least output error after rounding; scale 1 is always among those that are tried.
 
     Along a curve the error falls and rises again but for small waves, so every fourth point is tried, then those
@@ -48,9 +54,10 @@ def best_scale(readers: Sequence[Reader], gram: Tensor, columns: Tensor, curves:
         gram: (C, C) of their common input.
         columns: (C,) channel of each input column.
         curves: scales (P,) in the order of their ratio, see `candidates`.
+        margin: share of the error at scale 1 by which another must lower it.
     """
     best = torch.ones(int(columns.max()) + 1, device=columns.device)
-    smallest = rounding_error(readers, gram, None)
+    smallest = (1 - margin) * rounding_error(readers, gram, None)
     for curve in curves:
         errors: dict[int, float] = {}
         for step in (4, 2, 1):

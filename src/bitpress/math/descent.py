@@ -47,7 +47,7 @@ def descend(
     if weight.device.type == "cuda":
         return descend_by_kernel(weight, codes, hessian, qparams, groups, grid, passes=passes, keep=keep)
     rounding = Rounding.of(qparams, groups, grid, keep)
-    target, result = by_columns(weight), by_columns(codes)
+    target, result = weight.T.contiguous(), by_columns(codes)
     dense = torch.empty_like(target)
     for j in range(len(result)):
         rounding.read(j, result[j], dense[j])

@@ -63,7 +63,7 @@ def gptq(
     if not torch.isfinite(gram).all():
         raise NumericsError("NaN or infinity in the input activations")
     C = gram.shape[0]
-    original = torch.cat(list(weights))
+    original = target = torch.cat(list(weights)) if len(weights) > 1 else weights[0]
     if correct:
         assert stats.drift is not None and stats.paired is not None
         change = correction(stats.drift, stats.paired, correct)
@@ -71,10 +71,10 @@ def gptq(
         weights = [
             w + (w @ change if m is None else (w @ change) * m) for w, m in zip(weights, masks_before, strict=True)
         ]
+        target = torch.cat(list(weights))
     importance = None if observer == "mse" else diagonal
     found = find_all(weights, grid, importance, search=observer != "minmax")
     rows = [len(w) for w in weights]
-    target = torch.cat(list(weights))
     qparams = _together(found)
     top = qparams.global_scale
     keep = _stacked([pruned(w) for w in weights], weights)
@@ -85,7 +85,7 @@ def gptq(
     # an input that is always zero says nothing: unit curvature rounds its column to nearest
     hessian = gram.clone()
     hessian.diagonal().add_(dampening_frac * diagonal.mean()).add_((diagonal == 0).float())
-    ordered, wanted = hessian[perm][:, perm], target[:, perm]
+    ordered, wanted = hessian[perm][:, perm], target.T[perm].T  # columns contiguous, as the walks want them
     kept = None if keep is None else keep[:, perm]
     codes = sweep(wanted, inverse_factor(ordered), qparams, groups, grid, block_size, kept)
     if keep is not None:  # the sweep's compensation counted on weights that were to become zero
@@ -95,6 +95,7 @@ def gptq(
             wanted[some], codes[some], ordered, mine, groups, grid, block_size, passes=PASSES, keep=keep[some][:, perm]
         )
     weight_gram = product(target, hessian) if refine else target
+    del target, weights
     for _ in range(refine):
         codes = descend(wanted, codes, ordered, qparams, groups, grid, block_size, passes=1, keep=kept)
         qparams = refit_scales(weight_gram, codes[:, back], hessian, qparams, grid)

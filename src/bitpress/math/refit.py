@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bitpress.math.grid import Grid, QParams, values_of
 
-CHUNK, LARGE_CHUNK = 1 << 22, 1 << 26  # numbers of the normal equations solved together, on a CPU and on a GPU
+CHUNK, LARGE_CHUNK = 1 << 20, 1 << 26  # numbers of the normal equations solved together, on a CPU and on a GPU
 RIDGE = 1e-4  # of the mean diagonal: pulls scales that the data says nothing about to where they were
 FARTHEST = 2.0  # times its old value that a scale may become
 
