@@ -209,6 +209,9 @@ def _alike(sites: Sequence[Site], *, share_input: bool) -> list[list[Site]]:
 
 def _solve(run: Run, jobs: Sequence[Job], folding: Folding | None, tuning: Tuning | None) -> dict[str, Result]:
     """The algebra of all jobs; on a CPU as many at a time as it has cores."""
+    for job in jobs:  # in the order of the forward: what comes after the first fault is its echo
+        if job.stats is not None and not job.stats.finite:
+            raise NumericsError(f"{job.sites[0].name}: NaN or infinity in the input activations")
     jobs = sorted(jobs, key=lambda job: -sum(s.rows * s.columns**2 for s in job.sites))  # the longest first
     tasks = [partial(_solve_one, run, job, folding, tuning) for job in jobs]
     with float32_products():

@@ -75,6 +75,13 @@ class InputStats:
         )  # fmt: skip
 
     @property
+    def finite(self) -> bool:
+        """Whether the inputs were numbers: what is NaN or infinite shows in every sum."""
+        diagonal = None if self.gram is None else self.gram.diagonal()
+        held = (t for t in (diagonal, self.sum_abs, self.low, self.high) if t is not None)
+        return all(bool(torch.isfinite(t).all()) for t in held)
+
+    @property
     def needed_gram(self) -> Tensor:
         """The Gram matrix, for those who have asked for it."""
         assert self.gram is not None
