@@ -37,6 +37,7 @@ from bitpress.sites import (
     misfits,
     stored_bytes,
     stored_spec,
+    unpruned,
 )
 from bitpress.size_target import SizeTarget, decided, find_target
 from bitpress.subject import Subject
@@ -213,7 +214,7 @@ def make(
     faults += _quantized_before({s.module for s in sites} | rescaled, inherited)
     sites, more, added = find_tuning(modifiers, subject, sites, samples)
     faults += smoothing.faults + more
-    notes += smoothing.notes + added
+    notes += smoothing.notes + added + unpruned(sites)
     if unknown := subject.layout.unknown:
         notes.append(
             f"{unknown[0]} (and {len(unknown) - 1} more): the model has no place for it; carried over as it is"
@@ -268,7 +269,11 @@ def settle(
         plan,
         sites=tuple(sites),
         ignored=_ignored(subject, {s.module for s in (*plan.inherited, *sites) if s.group is not None}),
-        notes=tuple(dict.fromkeys([n for n in plan.notes if n != SURVEYED] + client_notes(subject, sites, caches))),
+        notes=tuple(
+            dict.fromkeys(
+                [n for n in plan.notes if n != SURVEYED] + client_notes(subject, sites, caches) + unpruned(sites)
+            )
+        ),
         shards=shards,
         output_bytes=sum(file_size(s) for s in shards if s),
         target=None,

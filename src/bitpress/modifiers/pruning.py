@@ -297,6 +297,9 @@ class WandaPruningModifier(ProfileModifier):
 
     method: ClassVar[str] = "wanda"
 
+    def prunes(self, rows: int, columns: int, sparsity: float) -> bool:
+        return round(sparsity * columns) > 0  # every row on its own
+
     def prune(self, weights: Sequence[Tensor], stats: InputStats | None, sparsity: float | None) -> list[Tensor]:
         from bitpress.math.wanda import wanda
 
