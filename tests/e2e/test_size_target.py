@@ -118,6 +118,9 @@ def test_full_precision_is_a_choice(tmp_path):
     dense = [g["name"] for g in section["groups"] if g["scheme"] == "dense"]
     ignored = json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
     assert dense and abs(section["bits_per_weight"] / 5.9 - 1) <= 0.01
+    totals = report_of(out)["totals"]
+    assert totals["bits_per_weight"] == pytest.approx(section["bits_per_weight"], abs=1e-4)
+    assert totals["layers"] + totals["left_dense"] == 21 and totals["left_dense"] >= len(dense)
     assert all(any(name.startswith(d.split("+")[0]) for name in ignored) for d in dense)
     oneshot(base, ROWS, (out / "recipe.yaml").read_text(), output_dir=tmp_path / "again", **OPTIONS)
     assert_same_tensors(tensors(out), tensors(tmp_path / "again"))
