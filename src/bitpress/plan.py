@@ -49,6 +49,11 @@ SURVEYED = (
 )
 
 
+SURVEYED_BEFORE = (
+    "bits: the survey measures linears as they are before {}; its choice is the one for them so, the size is met anyway"
+)
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a run will do.
@@ -210,6 +215,12 @@ def make(
     notes += client_notes(subject, sites, cache_schemes) if target is None else [*target.notes, SURVEYED]
     smoothing = find_smoothing(modifiers, subject, sites, trust_remote_code=trust_remote_code)
     sites = smoothed_sites(sites, smoothing, subject)
+    if target is not None:
+        earlier = [u.modifier for uses in smoothing.uses for u in uses]
+        steps = [t.modifier for g in target.groups for s in g.sites for t in s.steps]
+        changing = dict.fromkeys(type(m).__name__ for m in (*earlier, *steps) if m is not target.modifier)
+        changing |= dict.fromkeys(type(m).__name__ for m in earlier)  # AWQ in its old form is both
+        notes += [SURVEYED_BEFORE.format(" and ".join(changing))] if changing else []
     rescaled = {m for uses in smoothing.uses for u in uses for m in (u.fold.producer, *u.fold.consumers)}
     faults += _quantized_before({s.module for s in sites} | rescaled, inherited)
     sites, more, added = find_tuning(modifiers, subject, sites, samples)

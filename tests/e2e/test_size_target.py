@@ -283,6 +283,29 @@ def test_plan_says_what_will_happen(tmp_path, monkeypatch, capsys):
     assert "by survey" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("recipe", "names"),
+    [
+        ({"AWQModifier": {}, "GPTQModifier": {"bits": 4.25, "ignore": ["lm_head"]}}, "AWQModifier"),
+        ({"AWQModifier": {"bits": 4.25, "ignore": ["lm_head"]}}, "AWQModifier"),
+        (
+            {
+                "WandaPruningModifier": {"mask_structure": "2:4", "ignore": ["lm_head"]},
+                "GPTQModifier": {"bits": 4.25, "ignore": ["lm_head"]},
+            },
+            "WandaPruningModifier",
+        ),
+        ({"GPTQModifier": {"bits": 4.25, "ignore": ["lm_head"]}}, None),
+    ],
+)
+def test_what_the_survey_does_not_see_is_told(tmp_path, recipe, names):
+    base, out = folder_of(tmp_path, **WIDE, head_dim=32), tmp_path / "out"
+    oneshot(base, ROWS, recipe, output_dir=out, **OPTIONS)
+    told = [n for n in report_of(out)["notes"] if "the survey measures linears as they are" in n]
+    assert [f"before {names};" in n for n in told] == ([] if names is None else [True])
+    assert abs(report_of(out)["size_target"]["bits_per_weight"] / 4.25 - 1) <= 0.01
+
+
 def test_groups_are_those_of_clients():
     class Named:
         def __init__(self, name, expert=None):
