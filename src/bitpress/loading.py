@@ -85,7 +85,7 @@ def load_checkpoint(found: Inspection, dtype: str, device: str, trust: bool, not
     if gguf_file:
         options["gguf_file"] = gguf_file
     own = found.method == "compressed-tensors" and _own_loader(Path(folder))
-    if own and (_misread_experts(found) or _rounded_experts(found)):
+    if own and (_misread_experts(found) or _rounded_experts(found) or _mixed_experts(found)):
         return _reloaded(found, options["dtype"], on, trust, notes)
     try:
         with _quiet(reports=own):
@@ -131,6 +131,12 @@ def _rounded_experts(found: Inspection) -> bool:
     groups = modifier_of(Path(found.path)).groups()
     inside = any(".experts." in layer.name for layer in found.layers)
     return inside and any(g.scheme.input_activations is not None for g in groups)
+
+
+def _mixed_experts(found: Inspection) -> bool:
+    """Whether experts differ in scheme: transformers reads all of them by one."""
+    mine = (layer for layer in found.layers if ".experts." in layer.name)
+    return len({(x.scheme, x.num_bits, x.strategy, x.group_size, x.symmetric) for x in mine}) > 1
 
 
 def _misread_experts(found: Inspection) -> bool:

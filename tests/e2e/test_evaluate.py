@@ -165,6 +165,45 @@ def test_a_cache_is_not_left_out_in_silence(tmp_path):
     assert any("own loader was used; the cache of keys and values is not rounded" in note for note in notes)
 
 
+def test_experts_that_differ_in_scheme(tmp_path):
+    """transformers reads all experts by one scheme: what is judged is what is stored, and the run has said so."""
+    base, out = save(build("mixtral", torch.bfloat16), tmp_path / "base"), tmp_path / "out"
+    tokenizer().save_pretrained(base)
+    weights = {"type": "int", "strategy": "group", "group_size": 16}
+    groups = {
+        "a": {"targets": ["re:.*layers.0.*experts.*"], "weights": {**weights, "num_bits": 8}},
+        "b": {"targets": ["Linear"], "weights": {**weights, "num_bits": 4}},
+    }
+    oneshot(base, None, {"QuantizationModifier": {"config_groups": groups, "ignore": ["lm_head"]}}, output_dir=out)
+    notes = json.loads((out / "report.json").read_text())["notes"]
+    assert any("experts quantized in 2 schemes: transformers reads all experts by one" in note for note in notes)
+    result = evaluate(base, out, windows=1, length=32)
+    assert any("own loader" in note for note in result.notes)
+    reference = evaluate(
+        load_model(base), reload(out, dtype="float32"), windows=1,
+        length=32, tokenizer=tokenizer(),
+    )  # fmt: skip
+    assert result.kl == pytest.approx(reference.kl, rel=1e-5)
+
+
+def test_experts_of_one_scheme_go_first_in_the_configuration(tmp_path):
+    """transformers takes the first group with a class or a name for that of the experts."""
+    base, out = save(build("mixtral", torch.bfloat16, num_local_experts=2), tmp_path / "base"), tmp_path / "out"
+    weights = {"type": "int", "strategy": "group", "group_size": 16}
+    groups = {
+        "a": {"targets": ["re:.*experts.*w1"], "weights": {**weights, "num_bits": 8}},
+        "b": {"targets": ["Linear"], "weights": {**weights, "num_bits": 4}},
+    }
+    recipe = {"QuantizationModifier": {"config_groups": groups, "ignore": ["lm_head", "re:.*w2", "re:.*w3"]}}
+    oneshot(base, None, recipe, output_dir=out)
+    config = json.loads((out / "config.json").read_text())["quantization_config"]["config_groups"]
+    first = config["group_0"]
+    assert first["targets"] == ["Linear"] and first["weights"]["num_bits"] == 8
+    assert len(config["group_1"]["targets"]) == 2 * 4  # more linears, but no experts
+    notes = json.loads((out / "report.json").read_text())["notes"]
+    assert any("experts quantized in part" in note for note in notes)
+
+
 STATIC = {"num_bits": 8, "symmetric": False, "strategy": "tensor"}
 EXPERTS = {
     "W8A8": {"scheme": "W8A8"},

@@ -177,6 +177,7 @@ def test_the_survey_changes_nothing(tmp_path):
         ({"bits": 4.25, "candidates": []}, None, "nothing to choose from"),
         ({"candidates": ["W4A16"], "scheme": "W4A16"}, None, "candidates: are what bits chooses from"),
         ({"bits": 6, "candidates": ["W4A16"]}, None, "out of reach: the candidates give 4.125 to 4.125"),
+        ({}, 16, "16 bits per weight are what these linears have as they are"),
         ({"SmoothQuantModifier": {}}, 4.25, "no modifier that quantizes"),
         (
             [GPTQModifier(bits=4, targets=["q_proj"]), QuantizationModifier(bits=4, targets=["k_proj"])],
