@@ -83,18 +83,17 @@ def recipe(effort: Effort, keys: dict[str, Any] | None, pruning: dict[str, Any] 
         pruning: a pruning modifier by name, which goes before the quantizer. Then no scales are moved: they are
             chosen for rounding alone.
     """
-    modifiers: list[dict[str, Any]] = []
+    modifiers: dict[str, Any] = {}
     if keys is not None and pruning is None and effort != "fast":
         smoothing = {"ignore": keys.get("ignore", []), "required": False}
-        modifiers.append({"SmoothQuantModifier" if _integer_activations(keys) else "AWQModifier": smoothing})
-    if pruning is not None:
-        modifiers.append(pruning)
+        modifiers["SmoothQuantModifier" if _integer_activations(keys) else "AWQModifier"] = smoothing
+    modifiers |= pruning or {}
     if keys is not None:
         more = {"refine": 0} if effort == "fast" else {"correct": CORRECT, "dampening_frac": DAMPENING}
-        modifiers.append({"GPTQModifier": {**keys, **more}})
+        modifiers["GPTQModifier"] = {**keys, **more}
     if effort == "best":
-        modifiers.append({"TuneModifier": {}})
-    return {"modifiers": modifiers}
+        modifiers["TuneModifier"] = {}
+    return modifiers
 
 
 def _integer_activations(keys: dict[str, Any]) -> bool:

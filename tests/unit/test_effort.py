@@ -2,7 +2,7 @@
 
 import pytest
 
-from bitpress import ConfigError, oneshot
+from bitpress import ConfigError, RecipeError, oneshot
 from bitpress.effort import EFFORTS, asked_for, recipe
 from bitpress.recipe import Recipe
 from conftest import build, save, token_rows
@@ -21,6 +21,13 @@ def test_each_effort_adds_to_the_one_before():
     assert Recipe.load(recipe("fast", KEYS)).stages[0].modifiers[0].refine == 0
 
 
+def test_pruning_goes_before_the_quantizer_and_nothing_is_scaled():
+    pruning = {"SparseGPTModifier": {"mask_structure": "2:4"}}
+    made = Recipe.load(recipe("best", KEYS, pruning)).stages[0].modifiers
+    assert [type(m).__name__ for m in made] == ["SparseGPTModifier", "GPTQModifier", "TuneModifier"]
+    assert list(recipe("balanced", None, pruning)) == ["SparseGPTModifier"]
+
+
 def test_integer_activations_are_smoothed():
     assert names("balanced", {"scheme": "W8A8"})[0] == "SmoothQuantModifier"
     assert names("balanced", {"scheme": "FP8_DYNAMIC"})[0] == "AWQModifier"
@@ -28,7 +35,7 @@ def test_integer_activations_are_smoothed():
 
 @pytest.mark.parametrize("effort", EFFORTS)
 def test_an_unknown_scheme_is_told_by_the_recipe(effort):
-    with pytest.raises(Exception, match="W4A61"):
+    with pytest.raises(RecipeError, match=r"^GPTQModifier\.scheme: 'W4A61' is unknown"):
         Recipe.load(recipe(effort, {"scheme": "W4A61"}))
 
 
