@@ -285,30 +285,15 @@ def _recipe(
     recipe: str | None,
 ) -> Any:
     """The recipe that the options describe."""
-    given = [("--scheme", scheme), ("--group-size", group_size), ("--method", method), ("--effort", effort),
-             ("--ignore", ignore)]  # fmt: skip
-    if recipe is not None:
-        if extra := [name for name, value in given if value not in (None, [])]:
-            raise ConfigError(f"{', '.join(extra)}: cannot go with --recipe; write it into the recipe")
-        if not Path(recipe).is_file():
-            raise ConfigError(f"--recipe: {recipe}: no such file")
-        return Path(recipe)
-    if bits is not None and (extra := [name for name, value in given[:2] if value is not None]):
-        raise ConfigError(f"{', '.join(extra)}: cannot go with --bits, which chooses the schemes; drop one of them")
-    if scheme is None and bits is None:
-        raise ConfigError("give --scheme (such as W4A16), --bits (such as 4.25) or --recipe FILE")
-    keys: dict[str, Any] = {"ignore": ignore or ["lm_head"]}
-    if scheme is not None:
-        keys["scheme"] = scheme
-    if group_size is not None:
-        keys["group_size"] = group_size
-    if effort is not None:
-        if method is Method.rtn:
-            raise ConfigError("--effort: goes with --method gptq; rounding to nearest has none")
-        from bitpress.effort import recipe as effort_recipe
+    from bitpress.effort import asked_for
 
-        return effort_recipe(effort.value, keys)
-    return {"QuantizationModifier" if method is Method.rtn else "GPTQModifier": keys}
+    found = asked_for(
+        scheme=scheme, bits=bits, group_size=group_size, method=method and method.value,
+        effort=effort and effort.value, ignore=ignore, written=recipe, spelled=lambda n: "--" + n.replace("_", "-"),
+    )  # fmt: skip
+    if recipe is not None and not Path(recipe).is_file():
+        raise ConfigError(f"--recipe: {recipe}: no such file")
+    return found if recipe is None else Path(recipe)
 
 
 def _window(number: int, total: int) -> None:

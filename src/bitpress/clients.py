@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from bitpress.experts import LEAVES
 from bitpress.schemes import QuantArgs, Scheme
 from bitpress.sites import FUSED, Site, label
 from bitpress.subject import Subject
@@ -54,7 +55,18 @@ def client_notes(subject: Subject, sites: Sequence[Site], caches: Sequence[Quant
         notes.append(
             f"{', '.join(sorted(odd))}: transformers decompresses plain Linears only; use bitpress.transformers"
         )
-    return notes + _split_partners(subject, sites)
+    return notes + _mixed_experts(subject, sites) + _split_partners(subject, sites)
+
+
+def _mixed_experts(subject: Subject, sites: Sequence[Site]) -> list[str]:
+    """transformers decompresses the experts of all layers by one scheme."""
+    mine = [s for s in sites if s.expert is not None and s.scheme is not None]
+    schemes = {str(s.scheme) for s in mine}
+    every = sum(len(experts) * len(LEAVES) for experts in subject.experts.values())
+    if not mine or (len(schemes) == 1 and len(mine) == every):
+        return []
+    what = f"{len(schemes)} schemes" if len(schemes) > 1 else "part"
+    return [f"experts quantized in {what}: transformers reads all experts by one; load it with bitpress.transformers"]
 
 
 def _newer_transformers(schemes: Sequence[Scheme]) -> list[str]:

@@ -1,4 +1,4 @@
-"""How much work to put into a scheme: the recipes behind `--effort`. Plain data, no torch.
+"""Recipes that are asked for by a scheme or a size, and by how much work to put in. Plain data, no torch.
 
 | effort   | what it does                                                                                           |
 |----------|--------------------------------------------------------------------------------------------------------|
@@ -10,14 +10,68 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, cast, get_args
 
-from bitpress.errors import RecipeError
+from bitpress.errors import ConfigError, RecipeError, did_you_mean
 from bitpress.schemes import preset
 
 Effort = Literal["fast", "balanced", "best"]
-EFFORTS: tuple[Effort, ...] = ("fast", "balanced", "best")
+EFFORTS: tuple[Effort, ...] = get_args(Effort)
+METHODS = {"gptq": "GPTQModifier", "rtn": "QuantizationModifier"}
 CORRECT, DAMPENING = 0.4, 0.05
+
+
+def asked_for(
+    *,
+    scheme: str | None = None,
+    bits: float | None = None,
+    group_size: int | None = None,
+    method: str | None = None,
+    effort: str | None = None,
+    ignore: str | list[str] | None = None,
+    written: Any = None,
+    spelled: Callable[[str], str] = str,
+) -> Any:
+    """The recipe that these arguments of `oneshot` describe; `written` itself where there is one.
+
+    Args:
+        bits: only said to be there; `Recipe.load` gives it to the modifier that quantizes.
+        spelled: how the user wrote the name of an argument.
+
+    Raises:
+        ConfigError: all that does not go together, or is unknown.
+    """
+    given = {"scheme": scheme, "group_size": group_size, "method": method, "effort": effort, "ignore": ignore}
+    there = [name for name, value in given.items() if value not in (None, [])]
+    if written is not None:
+        if there:
+            raise ConfigError(
+                f"{', '.join(map(spelled, there))}: cannot go with {spelled('recipe')}; write it into the recipe"
+            )
+        return written
+    faults = []
+    if bits is not None and (extra := [name for name in there if name in ("scheme", "group_size")]):
+        names = ", ".join(map(spelled, extra))
+        faults.append(f"{names}: cannot go with {spelled('bits')}, which chooses the schemes; drop one of them")
+    if scheme is None and bits is None:
+        what = f"{', '.join(map(spelled, there))}: nothing says what to make of the model"
+        faults.append(
+            f"{what if there else spelled('recipe') + ': missing'}; "
+            f"give {spelled('scheme')} (such as W4A16), {spelled('bits')} (such as 4.25) or {spelled('recipe')}"
+        )
+    for name, value, known in (("method", method, tuple(METHODS)), ("effort", effort, EFFORTS)):
+        if value is not None and value not in known:
+            faults.append(f"{spelled(name)}: {value!r} is unknown.{did_you_mean(str(value), known)}")
+    if effort is not None and method == "rtn":
+        faults.append(f"{spelled('effort')}: goes with {spelled('method')} gptq; rounding to nearest has none")
+    if faults:
+        raise ConfigError(faults)
+    keys: dict[str, Any] = {"ignore": ignore or ["lm_head"]}
+    keys |= {key: given[key] for key in ("scheme", "group_size") if given[key] is not None}
+    if effort is not None:
+        return recipe(cast(Effort, effort), keys)
+    return {METHODS[method or "gptq"]: keys}
 
 
 def recipe(effort: Effort, keys: dict[str, Any] | None, pruning: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -29,25 +83,24 @@ def recipe(effort: Effort, keys: dict[str, Any] | None, pruning: dict[str, Any] 
         pruning: a pruning modifier by name, which goes before the quantizer. Then no scales are moved: they are
             chosen for rounding alone.
     """
-    modifiers: list[dict[str, Any]] = []
+    modifiers: dict[str, Any] = {}
     if keys is not None and pruning is None and effort != "fast":
         smoothing = {"ignore": keys.get("ignore", []), "required": False}
-        modifiers.append({"SmoothQuantModifier" if _integer_activations(keys) else "AWQModifier": smoothing})
-    if pruning is not None:
-        modifiers.append(pruning)
+        modifiers["SmoothQuantModifier" if _integer_activations(keys) else "AWQModifier"] = smoothing
+    modifiers |= pruning or {}
     if keys is not None:
         more = {"refine": 0} if effort == "fast" else {"correct": CORRECT, "dampening_frac": DAMPENING}
-        modifiers.append({"GPTQModifier": {**keys, **more}})
+        modifiers["GPTQModifier"] = {**keys, **more}
     if effort == "best":
-        modifiers.append({"TuneModifier": {}})
-    return {"modifiers": modifiers}
+        modifiers["TuneModifier"] = {}
+    return modifiers
 
 
 def _integer_activations(keys: dict[str, Any]) -> bool:
     if "scheme" in keys:
         try:
             inputs = preset(keys["scheme"]).input_activations
-        except RecipeError:  # the recipe's own reading says what is wrong with it
+        except (RecipeError, AttributeError):  # the recipe's own reading says what is wrong with it
             return False
         return inputs is not None and inputs.type == "int"
     groups = keys.get("config_groups") or {}

@@ -203,6 +203,7 @@ class _Choice:
         self.pairs = modifier.pairs()
         self.taken: dict[tuple[str, tuple[str, ...]], int] = {}
         self.unused: dict[str, str] = {}
+        self.ignored: dict[str, str] = {}
         self.untouched: dict[str, int] = {}
         self.known: dict[str, None] = {}
         self.refused: dict[int, dict[str, str]] = {}
@@ -215,6 +216,7 @@ class _Choice:
         uses = []
         for fold, balance in wanted:
             if self.means(block, fold.producer, names(self.modifier.ignore)):
+                self.ignored[pattern(fold.producer)] = "in ignore"
                 continue
             scored = tuple(c for c in balance if block.prefix + c in self.quantized)
             if not scored:
@@ -285,7 +287,7 @@ class _Choice:
                     f"{where}: '{pair.smooth}' matches nothing in the blocks. Known: {', '.join(sorted(self.known))}"
                 )
         if not found and not self.taken and (self.modifier.required or self.pairs is not None):
-            why = [f"{name}: {reason}" for name, reason in self.unused.items()]
+            why = [f"{name}: {reason}" for name, reason in {**self.unused, **self.ignored}.items()]
             found.append(
                 f"{self.kind}: nothing in this model can be smoothed"
                 + (f" ({'; '.join(why)})" if why else ": no norm feeds its linears and no linear feeds another")
@@ -300,8 +302,12 @@ class _Choice:
                 made += [f"{self.kind}.mappings[{i}]: {n} left as it is: {why}" for n, why in names_.items()]
         if self.pairs is None and self.untouched:
             made.append(f"{self.kind}: the input of {', '.join(self.untouched)} is not scaled")
-        if self.pairs is None:
-            made += [f"{self.kind}: {n} is left as it is: {why}" for n, why in self.unused.items() if self.taken]
+        if self.pairs is None and self.taken:
+            some = {producer for producer, _ in self.taken}
+            made += [
+                f"{self.kind}: {n} is left as it is{' in some blocks' if n in some else ''}: {why}"
+                for n, why in self.unused.items()
+            ]
         return made
 
 

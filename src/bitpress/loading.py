@@ -85,7 +85,7 @@ def load_checkpoint(found: Inspection, dtype: str, device: str, trust: bool, not
     if gguf_file:
         options["gguf_file"] = gguf_file
     own = found.method == "compressed-tensors" and _own_loader(Path(folder))
-    if found.method == "compressed-tensors" and _misread_experts(found):
+    if own and (_misread_experts(found) or _rounded_experts(found) or _mixed_experts(found)):
         return _reloaded(found, options["dtype"], on, trust, notes)
     try:
         with _quiet(reports=own):
@@ -114,9 +114,29 @@ def load_checkpoint(found: Inspection, dtype: str, device: str, trust: bool, not
 
 
 def _own_loader(folder: Path) -> bool:
-    from bitpress.reading import is_weight_only
+    """Whether bitpress reads it by itself."""
+    from bitpress.reading import modifier_of
 
-    return is_weight_only(folder)
+    try:
+        modifier_of(folder)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _rounded_experts(found: Inspection) -> bool:
+    """Whether experts round their inputs, which transformers leaves out."""
+    from bitpress.reading import modifier_of
+
+    groups = modifier_of(Path(found.path)).groups()
+    inside = any(".experts." in layer.name for layer in found.layers)
+    return inside and any(g.scheme.input_activations is not None for g in groups)
+
+
+def _mixed_experts(found: Inspection) -> bool:
+    """Whether experts differ in scheme: transformers reads all of them by one."""
+    mine = (layer for layer in found.layers if ".experts." in layer.name)
+    return len({(x.scheme, x.num_bits, x.strategy, x.group_size, x.symmetric) for x in mine}) > 1
 
 
 def _misread_experts(found: Inspection) -> bool:
@@ -126,25 +146,31 @@ def _misread_experts(found: Inspection) -> bool:
 
     if not any(".experts." in layer.name and layer.scheme.startswith("NVFP4") for layer in found.layers):
         return False
-    try:
-        groups = modifier_of(Path(found.path)).groups()
-    except CheckpointError:
-        return False
-    return any(misread_as_experts(group.scheme) for group in groups)
+    return any(misread_as_experts(group.scheme) for group in modifier_of(Path(found.path)).groups())
 
 
 def _reloaded(found: Inspection, dtype: Any, on: Any, trust: bool, notes: list[str] | None) -> Any:
-    """What transformers cannot load, as bitpress reads it: the same weights, dense."""
-    from bitpress.reading import reload
+    """What transformers cannot load, as bitpress reads it: the same weights, dense, and inputs rounded on the way."""
+    from bitpress.reading import modifier_of, reload
+    from bitpress.rounding import round_inputs
 
+    cache = modifier_of(Path(found.path)).cache()
+    if cache is not None and notes is None:  # nobody would know
+        raise CheckpointError(
+            f"{found.path}: transformers cannot load it as it is meant, and bitpress's own loader does not round "
+            "the cache of keys and values (kv_cache_scheme); serve it in vLLM"
+        )
     try:
         model = reload(found.path, dtype=dtype, device_map=on, trust_remote_code=trust)
+        round_inputs(model, Path(found.path))
     except (OSError, ValueError, ImportError, RuntimeError, KeyError, AttributeError) as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CheckpointError(f"{found.path}: neither transformers nor bitpress can load it: {first}") from error
     if notes is not None:
-        rounded = "" if _own_loader(Path(found.path)) else "; activations are not rounded"
-        notes.append(f"{found.path}: transformers cannot load it, so bitpress's own loader was used{rounded}")
+        left = "" if cache is None else "; the cache of keys and values is not rounded"
+        notes.append(
+            f"{found.path}: transformers cannot load it as it is meant, so bitpress's own loader was used{left}"
+        )
     return model.eval()
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from bitpress.errors import ConfigError
 from bitpress.prepare import Prepared, is_path, prepare
@@ -25,7 +25,12 @@ class Arguments:
     model: Any
     dataset: Any = None
     recipe: Any = None
+    scheme: str | None = None
     bits: float | None = None
+    group_size: int | None = None
+    method: str | None = None
+    effort: str | None = None
+    ignore: str | list[str] | None = None
     tokenizer: Any = None
     splits: Any = None
     dataset_config_name: str | None = None
@@ -96,7 +101,12 @@ def oneshot(
     dataset: Any = None,
     recipe: Any = None,
     *,
+    scheme: str | None = None,
     bits: float | None = None,
+    group_size: int | None = None,
+    method: Literal["gptq", "rtn"] | None = None,
+    effort: Literal["fast", "balanced", "best"] | None = None,
+    ignore: str | Sequence[str] | None = None,
     tokenizer: Any = None,
     processor: Any = None,
     splits: str | Sequence[str] | Mapping[str, str] | None = None,
@@ -137,10 +147,18 @@ def oneshot(
         model: folder, hub id, or a causal language model of transformers in memory.
         dataset: calibration data: a registered name ("ultrachat-200k", "gsm8k", ...), a hub id, a file or folder, a
             `datasets.Dataset`, a list of texts or of message lists, a DataLoader; None: a text that bitpress ships.
-        recipe: path, YAML or JSON text, dict, modifier, or list of modifiers; see `bitpress.recipe`.
+        recipe: path, YAML or JSON text, dict, modifier, or list of modifiers; see `bitpress.recipe`. In its place:
+            scheme or bits, which make a recipe of their own.
+        scheme: preset such as "W4A16"; see `bitpress.schemes`.
         bits: a size target: stored bits per weight on average over the compressed linears, scales and zero points
             counted. A survey finds out how much each linear matters and chooses its scheme. It goes to the recipe's
-            modifier that quantizes, which then names no scheme; without a recipe GPTQ is used on all but the head.
+            modifier that quantizes, which then names no scheme.
+        group_size: with scheme: input columns per scale in place of the preset's; -1 is one scale a row.
+        method: with scheme or bits: "gptq", the default, or "rtn", which rounds to nearest.
+        effort: with scheme or bits: "fast" only sweeps; "balanced" moves scales between layers first and undoes part
+            of the drift of the inputs, without gradients; "best" tunes each block with gradients after that; see
+            `bitpress.effort`. None: GPTQ with its defaults.
+        ignore: with scheme or bits: linears to leave, patterns of `bitpress.targets`. None: "lm_head".
         tokenizer: object or path; None: the model's own. `processor` is the same under another name.
         splits: split of the data: "train[:5%]", a list, or {"calibration": ..., "train": ...}.
         dataset_config_name: configuration of a hub dataset.
@@ -181,7 +199,8 @@ def oneshot(
         NumericsError: NaN or infinity, or a Gram matrix that is not positive definite.
     """
     arguments = Arguments(
-        model=model, dataset=dataset, recipe=recipe, bits=bits,
+        model=model, dataset=dataset, recipe=recipe, scheme=scheme, bits=bits, group_size=group_size, method=method,
+        effort=effort, ignore=ignore if ignore is None or isinstance(ignore, str) else list(ignore),
         tokenizer=tokenizer if tokenizer is not None else processor,
         splits=splits, dataset_config_name=dataset_config_name, dataset_path=dataset_path, text_column=text_column,
         num_calibration_samples=num_calibration_samples, max_seq_length=max_seq_length,

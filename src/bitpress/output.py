@@ -220,8 +220,12 @@ def quantization_config(plan: Plan, *, compressed: bool) -> dict[str, Any]:
         key = json.dumps([site.scheme.format, site.scheme.to_dict()], sort_keys=True)
         by_scheme.setdefault(key, (site.scheme, []))[1].append(site)
     groups = {}
-    # the largest group is "all Linears", the others are named one by one: names go before classes
-    for i, (scheme, sites) in enumerate(sorted(by_scheme.values(), key=lambda pair: len(pair[1]), reverse=True)):
+    # the largest group is "all Linears", the others are named one by one: names go before classes. Experts go first:
+    # transformers takes the first such group for all of them
+    ranked = sorted(
+        by_scheme.values(), key=lambda p: (sum(s.expert is not None for s in p[1]), len(p[1])), reverse=True
+    )
+    for i, (scheme, sites) in enumerate(ranked):
         targets = ["Linear"] if i == 0 else list(dict.fromkeys(n for s in sites for n in (s.name, s.module)))
         groups[f"group_{i}"] = {
             "targets": targets,

@@ -37,6 +37,7 @@ from bitpress.sites import (
     misfits,
     stored_bytes,
     stored_spec,
+    unpruned,
 )
 from bitpress.size_target import SizeTarget, decided, find_target
 from bitpress.subject import Subject
@@ -45,6 +46,11 @@ from bitpress.tuneplan import find_tuning, without_experts
 SURVEYED = (
     "bits: a survey of the uncompressed model comes first and chooses each linear's scheme; the size is then within "
     "1 % of the target"
+)
+
+
+SURVEYED_BEFORE = (
+    "bits: the survey measures linears as they are before {}; its choice is the one for them so, the size is met anyway"
 )
 
 
@@ -209,11 +215,17 @@ def make(
     notes += client_notes(subject, sites, cache_schemes) if target is None else [*target.notes, SURVEYED]
     smoothing = find_smoothing(modifiers, subject, sites, trust_remote_code=trust_remote_code)
     sites = smoothed_sites(sites, smoothing, subject)
+    if target is not None:
+        earlier = [u.modifier for uses in smoothing.uses for u in uses]
+        steps = [t.modifier for g in target.groups for s in g.sites for t in s.steps]
+        changing = dict.fromkeys(type(m).__name__ for m in (*earlier, *steps) if m is not target.modifier)
+        changing |= dict.fromkeys(type(m).__name__ for m in earlier)  # AWQ in its old form is both
+        notes += [SURVEYED_BEFORE.format(" and ".join(changing))] if changing else []
     rescaled = {m for uses in smoothing.uses for u in uses for m in (u.fold.producer, *u.fold.consumers)}
     faults += _quantized_before({s.module for s in sites} | rescaled, inherited)
     sites, more, added = find_tuning(modifiers, subject, sites, samples)
     faults += smoothing.faults + more
-    notes += smoothing.notes + added
+    notes += smoothing.notes + added + unpruned(sites)
     if unknown := subject.layout.unknown:
         notes.append(
             f"{unknown[0]} (and {len(unknown) - 1} more): the model has no place for it; carried over as it is"
@@ -268,7 +280,11 @@ def settle(
         plan,
         sites=tuple(sites),
         ignored=_ignored(subject, {s.module for s in (*plan.inherited, *sites) if s.group is not None}),
-        notes=tuple(dict.fromkeys([n for n in plan.notes if n != SURVEYED] + client_notes(subject, sites, caches))),
+        notes=tuple(
+            dict.fromkeys(
+                [n for n in plan.notes if n != SURVEYED] + client_notes(subject, sites, caches) + unpruned(sites)
+            )
+        ),
         shards=shards,
         output_bytes=sum(file_size(s) for s in shards if s),
         target=None,

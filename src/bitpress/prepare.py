@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bitpress.effort import asked_for
 from bitpress.errors import BitpressError, ConfigError, DataError, PlanError, RecipeError
 from bitpress.modifiers.quantization import SchemeModifier
 from bitpress.recipe import Recipe
@@ -184,13 +185,14 @@ def make_plans(
 
 def _chosen(args: Arguments) -> Recipe:
     """The stages that run."""
-    source = args.recipe
-    if source is None and args.bits is None:
-        raise ConfigError("recipe: missing; give a path, YAML, a dict or a modifier, or bits alone")
     bits = args.bits
+    source = asked_for(
+        scheme=args.scheme, bits=bits, group_size=args.group_size, method=args.method, effort=args.effort,
+        ignore=args.ignore, written=args.recipe,
+    )  # fmt: skip
     if bits is not None and (not isinstance(bits, int | float) or isinstance(bits, bool)):
         bits = 4.0  # what is no number is told elsewhere; a recipe without a scheme is still one
-    recipe = Recipe.load({"GPTQModifier": {"ignore": ["lm_head"]}} if source is None else source, bits=bits)
+    recipe = Recipe.load(source, bits=bits)
     chosen = recipe if not isinstance(args.stage, str) else Recipe((recipe.stage(args.stage),))
     if training := [s.name for s in chosen.stages if s.run_type == "train"]:
         raise RecipeError(

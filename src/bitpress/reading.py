@@ -97,15 +97,6 @@ def modifier_of(folder: Path) -> QuantizationModifier:
         raise CheckpointError(f"{folder}: {error}") from None
 
 
-def is_weight_only(folder: Path) -> bool:
-    """Whether `reload` gives the model that was stored: a scheme of bitpress that leaves activations alone."""
-    try:
-        modifier = modifier_of(folder)
-    except CheckpointError:
-        return False
-    return modifier.cache() is None and all(g.scheme.input_activations is None for g in modifier.groups())
-
-
 def reload(place: str | os.PathLike[str], *, dtype: Any = "auto", device_map: Any = None, **kwargs: Any) -> nn.Module:
     """A compressed-tensors checkpoint as a dense module that packs again when saved; activations stay as they are.
 

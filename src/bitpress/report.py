@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -67,20 +68,30 @@ def versions() -> dict[str, str]:
     }
 
 
-def totals(rows: list[dict[str, Any]], sizes: dict[str, int]) -> dict[str, Any]:
-    """Sums and means over the linears, as the last stage left them; `sizes`: number of weights by name."""
+def totals(rows: list[dict[str, Any]], sizes: dict[str, int], dense: Mapping[str, float]) -> dict[str, Any]:
+    """Sums and means over the linears, as the last stage left them.
+
+    Args:
+        sizes: number of weights by name.
+        dense: stored bits per weight of linears that a size target has left as they are, by name: they count in
+            `bits_per_weight` and, where there are any, as `left_dense`; the other figures are of the layers alone.
+    """
     rows = list({r["name"]: r for r in rows}.values())
     weights = sum(sizes[r["name"]] for r in rows)
-    if not weights:
+    left = {name: bits for name, bits in dense.items() if not any(r["name"] == name for r in rows)}
+    stored = {**{r["name"]: r["bits_per_weight"] for r in rows}, **left}
+    all_weights = sum(sizes[name] for name in stored)
+    if not all_weights:
         return {"layers": 0}
 
     def mean(key: str) -> float:
-        return float(sum(r[key] * sizes[r["name"]] for r in rows)) / weights
+        return float(sum(r[key] * sizes[r["name"]] for r in rows)) / max(weights, 1)
 
     return {
         "layers": len(rows),
         "weights": weights,
-        "bits_per_weight": round(mean("bits_per_weight"), 4),
+        **({"left_dense": len(left)} if left else {}),
+        "bits_per_weight": round(sum(bits * sizes[name] for name, bits in stored.items()) / all_weights, 4),
         "mean_rel_error": float(f"{mean('rel_error'):.5g}"),
         "sparsity": round(mean("sparsity"), 5),
         "policies": sum(bool(r["policy"]) for r in rows),

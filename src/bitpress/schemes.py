@@ -142,7 +142,10 @@ class Scheme:
         if not found:
             found = [f"{at(where, 'weights')}.{fault}" for fault in rules.weight_faults(self.weights)]
         if self.output_activations is not None:
-            found.append(f"{at(where, 'output_activations')}: no client quantizes the outputs of a linear; drop it")
+            found.append(
+                f"{at(where, 'output_activations')}: no client quantizes the outputs of a linear; drop it, or for keys "
+                "and values in the cache give the modifier kv_cache_scheme"
+            )
         if self.input_activations is not None:
             place = at(where, "input_activations")
             own = self.input_activations.faults(place)

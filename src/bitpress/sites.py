@@ -238,6 +238,23 @@ def find_sites(modifiers: Sequence[Any], subject: Subject) -> tuple[list[Site], 
     return sorted(claimed.values(), key=lambda s: order[s.module]), faults, notes
 
 
+def unpruned(sites: Sequence[Site]) -> list[str]:
+    """Notes of linears that a pruning modifier is given and leaves as they are, for lack of a share of zeros."""
+    left: dict[tuple[str, float], list[str]] = {}
+    for site in sites:
+        for step in site.steps:
+            modifier, share = step.modifier, step.sparsity
+            if not isinstance(modifier, PruningModifier) or share is None:
+                continue
+            if not modifier.prunes(site.rows, site.columns, share):
+                left.setdefault((type(modifier).__name__, share), []).append(site.name)
+    return [
+        f"{kind}: a share of zeros of {share:g} prunes nothing of {mine[0]}"
+        + (f" (and {len(mine) - 1} more)" if len(mine) > 1 else "")
+        for (kind, share), mine in left.items()
+    ]
+
+
 def dense_site(subject: Subject, name: str, module: nn.Linear) -> Site:
     """A linear with nothing done to it yet."""
     inside = subject.blocks.path + "."

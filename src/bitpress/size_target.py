@@ -133,7 +133,13 @@ class SizeTarget:
                 f"{where}: {self.bits:g} bits per weight are out of reach: the candidates give {low:.3f} to "
                 f"{high:.3f} on these linears, scales and zero points counted"
             ]
-        if any(allocate(sizes, zeros, lo, hi) is not None for lo, hi in self._bounds()):
+        if found := next((ends for ends in self._bounds() if allocate(sizes, zeros, *ends) is not None), None):
+            whole = sum(g.sizes.get(DENSE, 0) for g in self.groups)
+            if all(DENSE in g.sizes for g in self.groups) and found[0] <= whole <= found[1]:
+                return [
+                    f"{where}: {self.bits:g} bits per weight are what these linears have as they are "
+                    f"({whole / self.weights:.3f}), so nothing would be quantized; ask for fewer"
+                ]
             return []
         near = nearest(sizes, self.wanted) / self.weights
         return [

@@ -211,23 +211,41 @@ def _alike(sites: Sequence[Site], *, share_input: bool) -> list[list[Site]]:
 
 
 def _solve(run: Run, jobs: Sequence[Job], folding: Folding | None, tuning: Tuning | None) -> dict[str, Result]:
-    """The algebra of all jobs; on a CPU small ones at the same time, as many as it has cores."""
+    """The algebra of all jobs; on a CPU small ones at the same time, as many as it has cores.
+
+    Raises:
+        NumericsError: the first of those that fail, in the order of the jobs: what comes later may fail by it.
+    """
     sizes = [sum(site.rows * site.columns for site in job.sites) for job in jobs]
     order = sorted(range(len(jobs)), key=sizes.__getitem__, reverse=True)
-    tasks = [partial(_solve_one, run, jobs[i], folding, tuning) for i in order]
+    tasks = [partial(_try_one, run, jobs[i], folding, tuning) for i in order]
     alone = len(tasks) if run.device.type != "cpu" else sum(size > SMALL for size in sizes)
-    done = []
+    found = []
     with float32_products():
         for task in tasks[:alone]:
-            done.append(task())
+            found.append(task())
             memory.give_back()
-        done += together(tasks[alone:])
+        found += together(tasks[alone:])
+    done = dict(zip(order, found, strict=True))
     results: dict[str, Result] = {}
-    for solved, held in done:
+    for i in range(len(jobs)):
+        outcome = done[i]
+        if isinstance(outcome, NumericsError):
+            raise outcome
+        solved, held = outcome
         results |= {site.name: (report, site, z) for report, site, z in solved}
         if tuning is not None:
             tuning.held += held
     return results
+
+
+def _try_one(
+    run: Run, job: Job, folding: Folding | None, tuning: Tuning | None
+) -> tuple[list[Result], list[Held]] | NumericsError:
+    try:
+        return _solve_one(run, job, folding, tuning)
+    except NumericsError as error:
+        return error
 
 
 def _solve_one(run: Run, job: Job, folding: Folding | None, tuning: Tuning | None) -> tuple[list[Result], list[Held]]:

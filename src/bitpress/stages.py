@@ -291,11 +291,13 @@ def _report(
     from bitpress import report
 
     sizes, rows = {s.name: s.rows * s.columns for s in ready.plan.sites}, done.rows
+    targets = [p.target for p in ready.plans if p.target is not None]
+    dense = {s.name: 8.0 * s.dtype.itemsize for t in targets for g in t.groups for s in g.sites}
     cuda = ready.device.type == "cuda"
     return {
         "layers": rows,
         "totals": {
-            **report.totals(rows, sizes),
+            **report.totals(rows, sizes, dense),
             "output_bytes": plan.output_bytes,
             "seconds": round(seconds, 2),
             "seconds_by_phase": {k: round(v, 2) for k, v in run.seconds.items()},

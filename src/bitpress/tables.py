@@ -112,6 +112,9 @@ def report_table(report: Mapping[str, Any], limit: int | None) -> RenderableType
     totals = report["totals"]
     facts = Table.grid(padding=(0, 2))
     facts.add_row("weights written", _size(totals["output_bytes"]))
+    if "bits_per_weight" in totals:
+        left = f", {totals['left_dense']} left dense counted" if "left_dense" in totals else ""
+        facts.add_row("bits per weight", f"{totals['bits_per_weight']:.3f} on average{left}")
     facts.add_row("time", f"{totals['seconds']:.1f} s")
     facts.add_row("peak memory", f"{_size(totals['peak_host_bytes'])} host")
     if totals["peak_device_bytes"]:

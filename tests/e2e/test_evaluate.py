@@ -22,9 +22,12 @@ from bitpress import oneshot
 from bitpress.errors import CheckpointError, ConfigError, DataError, NumericsError
 from bitpress.evaluate import BUILT_IN, evaluate, generate, load_model
 from bitpress.inspection import inspect_checkpoint
+from bitpress.reading import modifier_of, reload
+from bitpress.subject import ModuleSubject
 from bitpress.tables import evaluation_table, inspection_table, report_table
-from conftest import VOCAB, build, save
-from helpers import logits
+from conftest import VOCAB, build, save, token_rows
+from fake_quant import quantized_inputs
+from helpers import logits, tensors
 
 WORDS = [f"w{i}" for i in range(VOCAB - 1)]
 
@@ -149,17 +152,93 @@ def test_what_transformers_cannot_load_is_read_by_bitpress(family, scheme, own, 
         assert torch.equal(loaded.state_dict()[key].to(weight.dtype), weight), key
 
 
-@pytest.mark.parametrize(
-    "keys",
-    [{"scheme": "W8A8"}, {"kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}}],
-    ids=["W8A8", "cache"],
-)
-def test_activations_and_caches_are_not_left_out(keys, tmp_path):
+def test_a_cache_is_not_left_out_in_silence(tmp_path):
     model = build("mixtral", torch.bfloat16)
-    oneshot(model, None, {"QuantizationModifier": {**keys, "ignore": ["lm_head"]}})
+    base = save(copy.deepcopy(model), tmp_path / "base")
+    tokenizer().save_pretrained(base)
+    cache = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
+    oneshot(model, None, {"QuantizationModifier": {"kv_cache_scheme": cache, "ignore": ["lm_head"]}})
     model.save_pretrained(tmp_path / "out")
-    with pytest.raises(CheckpointError, match="transformers cannot load it"):
+    with pytest.raises(CheckpointError, match="does not round the cache of keys and values"):
         load_model(tmp_path / "out")
+    notes = evaluate(base, tmp_path / "out", windows=1, length=32).notes
+    assert any("own loader was used; the cache of keys and values is not rounded" in note for note in notes)
+
+
+def test_experts_that_differ_in_scheme(tmp_path):
+    """transformers reads all experts by one scheme: what is judged is what is stored, and the run has said so."""
+    base, out = save(build("mixtral", torch.bfloat16), tmp_path / "base"), tmp_path / "out"
+    tokenizer().save_pretrained(base)
+    weights = {"type": "int", "strategy": "group", "group_size": 16}
+    groups = {
+        "a": {"targets": ["re:.*layers.0.*experts.*"], "weights": {**weights, "num_bits": 8}},
+        "b": {"targets": ["Linear"], "weights": {**weights, "num_bits": 4}},
+    }
+    oneshot(base, None, {"QuantizationModifier": {"config_groups": groups, "ignore": ["lm_head"]}}, output_dir=out)
+    notes = json.loads((out / "report.json").read_text())["notes"]
+    assert any("experts quantized in 2 schemes: transformers reads all experts by one" in note for note in notes)
+    result = evaluate(base, out, windows=1, length=32)
+    assert any("own loader" in note for note in result.notes)
+    reference = evaluate(
+        load_model(base), reload(out, dtype="float32"), windows=1,
+        length=32, tokenizer=tokenizer(),
+    )  # fmt: skip
+    assert result.kl == pytest.approx(reference.kl, rel=1e-5)
+
+
+def test_experts_of_one_scheme_go_first_in_the_configuration(tmp_path):
+    """transformers takes the first group with a class or a name for that of the experts."""
+    base, out = save(build("mixtral", torch.bfloat16, num_local_experts=2), tmp_path / "base"), tmp_path / "out"
+    weights = {"type": "int", "strategy": "group", "group_size": 16}
+    groups = {
+        "a": {"targets": ["re:.*experts.*w1"], "weights": {**weights, "num_bits": 8}},
+        "b": {"targets": ["Linear"], "weights": {**weights, "num_bits": 4}},
+    }
+    recipe = {"QuantizationModifier": {"config_groups": groups, "ignore": ["lm_head", "re:.*w2", "re:.*w3"]}}
+    oneshot(base, None, recipe, output_dir=out)
+    config = json.loads((out / "config.json").read_text())["quantization_config"]["config_groups"]
+    first = config["group_0"]
+    assert first["targets"] == ["Linear"] and first["weights"]["num_bits"] == 8
+    assert len(config["group_1"]["targets"]) == 2 * 4  # more linears, but no experts
+    notes = json.loads((out / "report.json").read_text())["notes"]
+    assert any("experts quantized in part" in note for note in notes)
+
+
+STATIC = {"num_bits": 8, "symmetric": False, "strategy": "tensor"}
+EXPERTS = {
+    "W8A8": {"scheme": "W8A8"},
+    "static": {"config_groups": {"a": {"weights": {"strategy": "channel"}, "input_activations": STATIC}}},
+    "FP8": {"scheme": "FP8"},
+    "FP8_DYNAMIC": {"scheme": "FP8_DYNAMIC"},
+    "NVFP4": {"scheme": "NVFP4"},
+    "MXFP8": {"scheme": "MXFP8"},
+}
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_round_their_inputs(name, tmp_path):
+    """What is judged is the model that clients serve: held against arithmetic of our own on dense weights."""
+    model = build("mixtral", torch.bfloat16, num_local_experts=2)
+    base, out = save(model, tmp_path / "base"), tmp_path / "out"
+    tokenizer().save_pretrained(base)
+    oneshot(base, token_rows(), {"QuantizationModifier": {**EXPERTS[name], "ignore": ["lm_head"]}}, output_dir=out,
+            max_seq_length=32, num_calibration_samples=12)  # fmt: skip
+    result = evaluate(base, out, windows=1, length=32)
+    assert any("own loader was used" in note and "not rounded" not in note for note in result.notes)
+    loaded, plain = load_model(out), reload(out, dtype="float32")
+    dense = logits(plain)
+    args = modifier_of(out).groups()[0].scheme.input_activations
+    stored = tensors(out)
+    subject = ModuleSubject(plain)  # experts are Linears from here on
+    names = {n: subject.layout.disk_of[f"{n}.weight"].removesuffix(".weight")
+             for n, m in plain.named_modules() if isinstance(m, torch.nn.Linear) and "layers" in n}  # fmt: skip
+    assert sum(".experts." in n for n in names) == 2 * 2 * 3
+    renamed = {f"{n}.{k.removeprefix(disk + '.')}": t for n, disk in names.items()
+               for k, t in stored.items() if k.startswith(disk + ".")}  # fmt: skip
+    with quantized_inputs(plain, args, renamed, list(names)):
+        expected = logits(plain)
+    noise = float((expected - dense).norm())
+    assert noise > 0 and float((logits(loaded) - expected).norm()) < 0.05 * noise
 
 
 def test_schemes_and_activations_are_those_of_the_checkpoint(tmp_path):

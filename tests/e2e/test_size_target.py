@@ -118,6 +118,9 @@ def test_full_precision_is_a_choice(tmp_path):
     dense = [g["name"] for g in section["groups"] if g["scheme"] == "dense"]
     ignored = json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
     assert dense and abs(section["bits_per_weight"] / 5.9 - 1) <= 0.01
+    totals = report_of(out)["totals"]
+    assert totals["bits_per_weight"] == pytest.approx(section["bits_per_weight"], abs=1e-4)
+    assert totals["layers"] + totals["left_dense"] == 21 and totals["left_dense"] >= len(dense)
     assert all(any(name.startswith(d.split("+")[0]) for name in ignored) for d in dense)
     oneshot(base, ROWS, (out / "recipe.yaml").read_text(), output_dir=tmp_path / "again", **OPTIONS)
     assert_same_tensors(tensors(out), tensors(tmp_path / "again"))
@@ -174,6 +177,7 @@ def test_the_survey_changes_nothing(tmp_path):
         ({"bits": 4.25, "candidates": []}, None, "nothing to choose from"),
         ({"candidates": ["W4A16"], "scheme": "W4A16"}, None, "candidates: are what bits chooses from"),
         ({"bits": 6, "candidates": ["W4A16"]}, None, "out of reach: the candidates give 4.125 to 4.125"),
+        ({}, 16, "16 bits per weight are what these linears have as they are"),
         ({"SmoothQuantModifier": {}}, 4.25, "no modifier that quantizes"),
         (
             [GPTQModifier(bits=4, targets=["q_proj"]), QuantizationModifier(bits=4, targets=["k_proj"])],
@@ -278,6 +282,29 @@ def test_plan_says_what_will_happen(tmp_path, monkeypatch, capsys):
     recipe.write_text("GPTQModifier: {ignore: [lm_head]}\n")
     assert run_cli(monkeypatch, *common, "--bits", "4.25", "--recipe", recipe) == 0
     assert "by survey" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("recipe", "names"),
+    [
+        ({"AWQModifier": {}, "GPTQModifier": {"bits": 4.25, "ignore": ["lm_head"]}}, "AWQModifier"),
+        ({"AWQModifier": {"bits": 4.25, "ignore": ["lm_head"]}}, "AWQModifier"),
+        (
+            {
+                "WandaPruningModifier": {"mask_structure": "2:4", "ignore": ["lm_head"]},
+                "GPTQModifier": {"bits": 4.25, "ignore": ["lm_head"]},
+            },
+            "WandaPruningModifier",
+        ),
+        ({"GPTQModifier": {"bits": 4.25, "ignore": ["lm_head"]}}, None),
+    ],
+)
+def test_what_the_survey_does_not_see_is_told(tmp_path, recipe, names):
+    base, out = folder_of(tmp_path, **WIDE, head_dim=32), tmp_path / "out"
+    oneshot(base, ROWS, recipe, output_dir=out, **OPTIONS)
+    told = [n for n in report_of(out)["notes"] if "the survey measures linears as they are" in n]
+    assert [f"before {names};" in n for n in told] == ([] if names is None else [True])
+    assert abs(report_of(out)["size_target"]["bits_per_weight"] / 4.25 - 1) <= 0.01
 
 
 def test_groups_are_those_of_clients():

@@ -5,9 +5,11 @@ import torch
 
 from bitpress import chain
 from bitpress.errors import NumericsError
-from bitpress.math.activations import OutputRange, static_scale
+from bitpress.math.activations import OutputRange, rounded, static_scale
 from bitpress.math.stats import InputStats
-from bitpress.schemes import QuantArgs, Scheme, preset
+from bitpress.rounding import grid_of_inputs
+from bitpress.schemes import PRESETS, QuantArgs, Scheme, preset
+from fake_quant import fake_quantized
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 RANGES = [(-3.0, 5.0), (-5.0, 3.0), (1.0, 4.0), (-4.0, -1.0), (-1e-3, 2e-3)]
@@ -79,3 +81,33 @@ def test_the_tensors_beside_a_linear():
         assert chain.input_scales(preset(name), None, torch.bfloat16) == {}
     with pytest.raises(NumericsError, match="NaN or infinity in the input activations"):
         chain.input_scales(preset("FP8"), stats([-1.0], [float("inf")]), torch.bfloat16)
+
+
+INPUTS = {n: s.input_activations for n, s in PRESETS.items() if s.input_activations is not None} | {
+    "int8 static asym": QuantArgs(num_bits=8, symmetric=False, strategy="tensor"),
+    "int8 token asym": QuantArgs(num_bits=8, symmetric=False, strategy="token", dynamic=True),
+    "int8 tensor": QuantArgs(num_bits=8, strategy="tensor", dynamic=True),
+    "int4 groups": QuantArgs(num_bits=4, strategy="group", group_size=32, dynamic=True),
+}
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_inputs_are_rounded_as_clients_do(name):
+    args = INPUTS[name]
+    x = torch.randn(2, 5, 256, generator=torch.Generator().manual_seed(1)).mul(3)
+    x[0, 0] = 0
+    beside = {}
+    if args.dynamic == "local":
+        beside = {"input_global_scale": torch.tensor([448 * 6 / 11.0])}
+    elif not args.dynamic:
+        beside = {"input_scale": torch.tensor([0.05])}
+        beside |= {} if args.symmetric else {"input_zero_point": torch.tensor([-9], dtype=torch.int8)}
+    grid, before = grid_of_inputs(args), x.clone()
+    found = rounded(x, grid, beside)
+    assert found.dtype == x.dtype and found.shape == x.shape and torch.equal(x, before)
+    expected = fake_quantized(x, args, beside).nan_to_num(0)  # a token of zeros has no scale there
+    off = (found - expected).abs() > 1e-5 * expected.abs() + 1e-6
+    assert off.float().mean() < 0.002  # a value between two codes may go either way
+    assert not torch.equal(found, x) and not found[0, 0].any()
+    half = rounded(x.bfloat16(), grid, beside)
+    assert half.dtype == torch.bfloat16 and float((half.float() - found).norm() / found.norm()) < 0.2

@@ -347,6 +347,17 @@ def test_text_column() -> None:
     assert lists(load([{"text": words(10, 4), "label": 1}])) == [ids(10, 4)]
 
 
+def test_a_text_column_that_is_not_used_is_told(tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_text(words(0, 8))
+    for rows in (str(tmp_path / "words.txt"), [words(0, 4)], [TURNS], None):
+        notes = load(rows, tokenizer=CHAT, text_column="body").notes
+        assert "text_column: 'body' is not used: the rows have no columns" in notes
+        assert not any("text_column" in n for n in load(rows, tokenizer=CHAT).notes)
+    notes = load([{"input_ids": [1, 2], "body": "w1"}], text_column="body").notes
+    assert "text_column: 'body' is not used: 'input_ids' goes before it" in notes
+    assert not any("text_column" in n for n in load([{"body": "w1"}], text_column="body").notes)
+
+
 @pytest.mark.parametrize("answer", ["response", "completion"])
 def test_prompt_and_answer_are_joined(answer: str) -> None:
     assert lists(load([{"prompt": "w1 w2", answer: "w3 w4"}])) == [ids(1, 4)]

@@ -1,9 +1,11 @@
-"""The recipes behind --effort."""
+"""Recipes that are asked for by a scheme or a size, and an effort."""
 
 import pytest
 
-from bitpress.effort import EFFORTS, recipe
+from bitpress import ConfigError, RecipeError, oneshot
+from bitpress.effort import EFFORTS, asked_for, recipe
 from bitpress.recipe import Recipe
+from conftest import build, save, token_rows
 
 KEYS = {"scheme": "W4A16", "group_size": 16, "ignore": ["lm_head"]}
 
@@ -19,6 +21,13 @@ def test_each_effort_adds_to_the_one_before():
     assert Recipe.load(recipe("fast", KEYS)).stages[0].modifiers[0].refine == 0
 
 
+def test_pruning_goes_before_the_quantizer_and_nothing_is_scaled():
+    pruning = {"SparseGPTModifier": {"mask_structure": "2:4"}}
+    made = Recipe.load(recipe("best", KEYS, pruning)).stages[0].modifiers
+    assert [type(m).__name__ for m in made] == ["SparseGPTModifier", "GPTQModifier", "TuneModifier"]
+    assert list(recipe("balanced", None, pruning)) == ["SparseGPTModifier"]
+
+
 def test_integer_activations_are_smoothed():
     assert names("balanced", {"scheme": "W8A8"})[0] == "SmoothQuantModifier"
     assert names("balanced", {"scheme": "FP8_DYNAMIC"})[0] == "AWQModifier"
@@ -26,5 +35,45 @@ def test_integer_activations_are_smoothed():
 
 @pytest.mark.parametrize("effort", EFFORTS)
 def test_an_unknown_scheme_is_told_by_the_recipe(effort):
-    with pytest.raises(Exception, match="W4A61"):
+    with pytest.raises(RecipeError, match=r"^GPTQModifier\.scheme: 'W4A61' is unknown"):
         Recipe.load(recipe(effort, {"scheme": "W4A61"}))
+
+
+def test_a_scheme_is_a_recipe():
+    plain = {"GPTQModifier": {"ignore": ["lm_head"], "scheme": "W4A16", "group_size": 16}}
+    assert asked_for(scheme="W4A16", group_size=16) == plain
+    assert asked_for(scheme="W4A16", effort="best", group_size=16) == recipe("best", plain["GPTQModifier"])
+    assert asked_for(bits=4.25) == {"GPTQModifier": {"ignore": ["lm_head"]}}
+    assert asked_for(scheme="FP8_DYNAMIC", method="rtn", ignore="q_proj") == {
+        "QuantizationModifier": {"ignore": "q_proj", "scheme": "FP8_DYNAMIC"}
+    }
+    assert asked_for(written="recipe.yaml") == "recipe.yaml"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"effort": "best", "written": "W"}, r"effort: cannot go with recipe; write it into the recipe"),
+        ({"scheme": "W4A16", "ignore": ["a"], "written": "W"}, "scheme, ignore: cannot go with recipe"),
+        ({"effort": "fast"}, r"effort: nothing says .* give scheme \(such as W4A16\), bits"),
+        ({}, r"recipe: missing; give scheme \(such as W4A16\), bits"),
+        ({"scheme": "W4A16", "effort": "balancd"}, "effort: 'balancd' is unknown. Did you mean 'balanced'?"),
+        ({"scheme": "W4A16", "effort": 3}, "effort: 3 is unknown. Known: balanced, best, fast"),
+        ({"scheme": "W4A16", "effort": "fast", "method": "rtn"}, "effort: goes with method gptq"),
+        ({"scheme": "W4A16", "bits": 4.5, "effort": "fast"}, "scheme: cannot go with bits"),
+    ],
+)
+def test_what_does_not_go_together(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        asked_for(**arguments)
+
+
+def test_oneshot_takes_an_effort(tmp_path):
+    base, out = save(build("llama"), tmp_path / "base"), tmp_path / "out"
+    options = {"max_seq_length": 32, "num_calibration_samples": 4}
+    oneshot(base, token_rows(4), scheme="W4A16", group_size=16, effort="balanced", output_dir=out, **options)
+    written = Recipe.load(out / "recipe.yaml")
+    assert written.to_dict() == Recipe.load(recipe("balanced", KEYS)).to_dict()
+    with pytest.raises(ConfigError) as caught:
+        oneshot(base, recipe=recipe("best", KEYS), effort="best", output_dir=out, batch_size=0)
+    assert "effort: cannot go with recipe" in str(caught.value) and "batch_size" in str(caught.value)

@@ -95,3 +95,22 @@ def test_without_smoothing_nothing_is_tried(monkeypatch):
     monkeypatch.setattr("bitpress.foldplan.tiny_copy", None)
     _, _, smoothing = planned(build("llama"))
     assert smoothing.uses == [(), ()] and not smoothing.faults and not smoothing.notes
+
+
+def test_what_ignore_leaves_out_is_the_reason():
+    _, _, smoothing = planned(build("llama"), SmoothQuantModifier(ignore=["re:.*"]))
+    (fault,) = smoothing.faults
+    assert "nothing in this model can be smoothed" in fault and "input_layernorm: in ignore" in fault
+    _, _, smoothing = planned(build("llama"), SmoothQuantModifier(ignore=["re:.*v_proj"]))
+    assert not smoothing.faults and not any("in ignore" in note for note in smoothing.notes)
+
+
+def test_what_is_left_in_some_blocks_only():
+    model = build("llama")
+    subject = ModuleSubject(model)
+    quantizer = QuantizationModifier(scheme="W4A16", group_size=16, ignore=["lm_head", "re:.*layers.0.*"])
+    modifiers = [SmoothQuantModifier(), quantizer]
+    sites, _, _ = find_sites([quantizer], subject)
+    notes = find_smoothing(modifiers, subject, sites).notes
+    why = "left as it is in some blocks: nothing that reads it is quantized"
+    assert f"SmoothQuantModifier: input_layernorm is {why}" in notes

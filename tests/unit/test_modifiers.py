@@ -2,12 +2,14 @@
 
 import dataclasses
 import enum
+import importlib
 import inspect
 
 import pytest
 
 from bitpress.errors import RecipeError
 from bitpress.modifiers import MODIFIERS, MODIFIERS_LATER, Modifier
+from bitpress.modifiers.awq import AWQMapping
 from bitpress.modifiers.quantization import GPTQModifier, QuantizationModifier, SchemeGroup
 from bitpress.schemes import preset
 
@@ -304,3 +306,33 @@ def test_unquantized_names_linears_to_leave_alone():
     assert problems(QuantizationModifier, config_groups={"UNQUANTIZED": ["Linear"]}) == [
         "QuantizationModifier.config_groups: UNQUANTIZED leaves its linears alone, so nothing would be quantized"
     ]
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("awq", "AWQModifier"),
+        ("awq", "AWQMapping"),
+        ("gptq", "GPTQModifier"),
+        ("obcq", "SparseGPTModifier"),
+        ("pruning", "MagnitudePruningModifier"),
+        ("pruning", "SparseGPTModifier"),
+        ("pruning", "WandaPruningModifier"),
+        ("pruning.magnitude", "MagnitudePruningModifier"),
+        ("pruning.sparsegpt", "SparseGPTModifier"),
+        ("pruning.wanda", "WandaPruningModifier"),
+        ("quantization", "GPTQModifier"),
+        ("quantization", "QuantizationModifier"),
+        ("quantization.gptq", "GPTQModifier"),
+        ("quantization.quantization", "QuantizationModifier"),
+        ("smoothquant", "SmoothQuantModifier"),
+        ("transform", "AWQModifier"),
+        ("transform", "SmoothQuantModifier"),
+        ("transform.awq", "AWQMapping"),
+        ("transform.awq", "AWQModifier"),
+        ("transform.smoothquant", "SmoothQuantModifier"),
+    ],
+)
+def test_names_are_where_scripts_for_other_tools_import_them_from(module, name):
+    found = getattr(importlib.import_module(f"bitpress.modifiers.{module}"), name)
+    assert found is (AWQMapping if name == "AWQMapping" else MODIFIERS[name])

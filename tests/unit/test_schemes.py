@@ -335,7 +335,10 @@ def test_faults_of_an_entry():
     (fault,) = problems(weights() | {"format": "int-quantized"})
     assert fault.endswith("does not hold this scheme; drop it or use 'pack-quantized'")
     (fault,) = problems(weights() | {"output_activations": {"num_bits": 8}})
-    assert fault == "output_activations: no client quantizes the outputs of a linear; drop it"
+    assert fault == (
+        "output_activations: no client quantizes the outputs of a linear; drop it, or for keys and values in the "
+        "cache give the modifier kv_cache_scheme"
+    )
     inputs = {**INT8_INPUTS, "actorder": "weight"}
     (fault,) = problems({"weights": {"num_bits": 8}, "input_activations": inputs})
     assert fault == "input_activations.actorder: only weights have an act-order; drop it"

@@ -108,6 +108,38 @@ def test_the_search_beats_the_sweep(structure):
     assert by_search < 0.85 * by_sweep
 
 
+def alternating(weight, hessian, keep_of, rounds):
+    """The search by the formulas of alternating directions (Boza 2024, 2401.02938), in float64 with plain inverses."""
+    root = hessian.double().diagonal().sqrt()
+    H = hessian.double() / root / root[:, None]
+    W = weight.double() * root
+    D, V = W.clone(), torch.zeros_like(W)
+    levels = -(-rounds // 3)
+    for turn in range(rounds):
+        rho = 0.1 ** (1 - (turn // 3) / max(levels - 1, 1))
+        X = (W @ H + rho * D - V) @ torch.linalg.inv(H + rho * torch.eye(len(H), dtype=torch.float64))
+        keep = keep_of((X + V / rho).abs())
+        D = (X + V / rho) * keep
+        V = V + rho * (X - D)
+    return D / root, keep
+
+
+@pytest.mark.parametrize("rounds", [1, 4, 30])
+@pytest.mark.parametrize("structure", [None, TWO_FOUR])
+def test_the_search_equals_the_reference(structure, rounds):
+    weight, hessian = normal(24, 32), damped(correlated(32).needed_gram, 0.01)
+
+    def keep_of(scores):
+        return keep_best(scores, 0.5, structure)
+
+    found, keep = search(weight, hessian, keep_of, rounds)
+    expected, mask = alternating(weight, hessian, keep_of, rounds)
+    assert (keep != mask).double().mean() < 0.02  # products are coarse, so weights of nearly one score may swap
+    both = keep & mask
+    assert float((found.double() - expected)[both].norm() / expected[both].norm()) < 0.02
+    assert not found[~keep].any()
+
+
 @pytest.mark.parametrize("structure", [None, TWO_FOUR], ids=str)
 def test_uncorrelated_inputs_reduce_it_to_scores(structure):
     weight, stats = normal(8, 64), InputStats(torch.diag(normal(64, seed=3).square() + 0.5), 10)

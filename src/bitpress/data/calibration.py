@@ -135,6 +135,9 @@ def load_calibration(
 
     skipped = _Skipped()
     notes = list(source.notes)
+    if text_column not in ("text", *reader.columns):
+        why = f"'{reader.columns[0]}' goes before it" if reader.columns else "the rows have no columns"
+        notes.append(f"text_column: '{text_column}' is not used: {why}")
     if reader.kind == "ids":
         pack = False
         units = _token_rows(rows, reader, skipped)

@@ -214,6 +214,10 @@ class PruningModifier(LinearModifier):
         """
         raise NotImplementedError
 
+    def prunes(self, rows: int, columns: int, sparsity: float) -> bool:
+        """Whether a share of zeros makes at least one weight of (rows, columns) zero."""
+        return round(sparsity * rows * columns) > 0
+
     def joins(self, following: Modifier) -> bool:
         """Whether it prunes and quantizes in one go if this modifier follows it on the same linears."""
         return False

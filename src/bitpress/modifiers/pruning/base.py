@@ -1,11 +1,11 @@
-"""Modifiers that set weights to zero: SparseGPT, Wanda, and by magnitude."""
+"""What modifiers that set weights to zero share: shares of zeros, structures, profiles."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator
@@ -16,10 +16,7 @@ from bitpress.modifiers.base import CONFIG, Claim, Float, Names, PruningModifier
 from bitpress.targets import pattern_fault
 
 if TYPE_CHECKING:  # recipes are read without torch
-    from torch import Tensor
-
     from bitpress.math.masks import Structure
-    from bitpress.math.stats import InputStats
 
 UNSTRUCTURED = ("0:0", "unstructured")
 LEAST = 0.01  # a smaller share of zeros could not be told from those that dense weights have by chance
@@ -194,182 +191,6 @@ class ProfileModifier(SparsityModifier):
             if getattr(self, key) is not None and self.sparsity_profile is None
         ]
         return super().notes() + found
-
-
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
-class SparseGPTModifier(ProfileModifier):
-    """Prunes with second-order information and corrects the weights that are kept (Frantar & Alistarh 2023,
-    arXiv 2301.00774). Needs calibration data. If GPTQ follows in the same stage, it rounds under the mask.
-
-    Args:
-        sparsity: share of zeros of each linear; a list with a value for each decoder block; or a mapping of
-            patterns to either, whose patterns are then the targets. Default: what mask_structure says.
-        mask_structure: "N:M" prunes N of every M adjacent input columns, such as "2:4"; "0:0" and "unstructured"
-            prune anywhere in a linear. Default: "0:0".
-        targets: linears to prune, one pattern or a list; see `bitpress.targets`. Default: "Linear".
-        ignore: linears to leave as they are, patterns as in targets. Default: none.
-        block_size: columns of the sweep between two updates of the rest of the weight. Default: 128.
-        dampening_frac: what is added to the diagonal of the Gram matrix, as a fraction of its mean.
-            Default: 0.01.
-        preserve_sparsity_mask: weights that are zero stay zero and count. Default: false.
-        mask_rounds: rounds in which the mask is searched for by alternating directions (Boza 2024,
-            arXiv 2401.02938; Meng et al. 2024, arXiv 2406.07831); 0 takes the mask and the weights of the
-            sweep. Default: 30.
-        correct: share, 0 to 1, of the drift of the layer's input from the uncompressed model's that its weights
-            are to undo; takes a second stream of hidden states. Default: 0.
-        sparsity_profile: "owl" spreads sparsity over the decoder blocks (Yin et al. 2023, arXiv 2310.05175): a
-            survey counts their outliers, and blocks with more are pruned less. Default: none.
-        owl_m: weights above so many times the mean score count as outliers. Default: 5.
-        owl_lmbda: how far a block's sparsity may be from the mean. Default: 0.08.
-        sequential_update: has no effect. Default: none.
-        sequential_targets: has no effect. Default: none.
-        offload_hessians: has no effect. Default: none.
-    """
-
-    method: ClassVar[str] = "sparsegpt"
-
-    block_size: int = 128
-    dampening_frac: Float = 0.01
-    preserve_sparsity_mask: bool = False
-    mask_rounds: int = 30
-    correct: Float = 0.0
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"gram", "drift"} if self.correct else {"gram"})
-
-    @property
-    def corrects(self) -> bool:
-        return self.correct > 0
-
-    def prune(self, weights: Sequence[Tensor], stats: InputStats | None, sparsity: float | None) -> list[Tensor]:
-        from bitpress.math.sparsegpt import sparsegpt
-
-        assert stats is not None and sparsity is not None
-        if sparsity == 0:
-            return list(weights)
-        return sparsegpt(
-            weights,
-            stats,
-            sparsity,
-            self.structure,
-            block_size=self.block_size,
-            dampening_frac=self.dampening_frac,
-            preserve=self.preserve_sparsity_mask,
-            rounds=self.mask_rounds,
-            correct=self.correct,
-        )
-
-    def faults(self) -> list[str]:
-        found = super().faults()
-        if self.block_size < 1:
-            found.append(f"block_size: must be at least 1 column, got {self.block_size}")
-        if not 0 <= self.dampening_frac < math.inf:
-            found.append(f"dampening_frac: must be 0 or a positive fraction, got {self.dampening_frac}")
-        if self.mask_rounds < 0:
-            found.append(f"mask_rounds: must be 0 or more, got {self.mask_rounds}")
-        if not 0 <= self.correct <= 1:
-            found.append(f"correct: must be a share from 0 to 1, got {self.correct}")
-        return found
-
-
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
-class WandaPruningModifier(ProfileModifier):
-    """Prunes, in every output row, the weights whose size times the norm of their input is least (Sun et al. 2023,
-    arXiv 2306.11695); the others stay as they are. Needs calibration data.
-
-    Args:
-        sparsity: share of zeros of each row of each linear; a list with a value for each decoder block; or a
-            mapping of patterns to either, whose patterns are then the targets. Default: what mask_structure
-            says.
-        mask_structure: "N:M" prunes N of every M adjacent input columns, such as "2:4"; "0:0" and "unstructured"
-            prune anywhere in a row. Default: "0:0".
-        targets: linears to prune, one pattern or a list; see `bitpress.targets`. Default: "Linear".
-        ignore: linears to leave as they are, patterns as in targets. Default: none.
-        sparsity_profile: "owl" spreads sparsity over the decoder blocks (Yin et al. 2023, arXiv 2310.05175): a
-            survey counts their outliers, and blocks with more are pruned less. Default: none.
-        owl_m: weights above so many times the mean score count as outliers. Default: 5.
-        owl_lmbda: how far a block's sparsity may be from the mean. Default: 0.08.
-        sequential_update: has no effect. Default: none.
-        sequential_targets: has no effect. Default: none.
-        offload_hessians: has no effect. Default: none.
-    """
-
-    method: ClassVar[str] = "wanda"
-
-    def prune(self, weights: Sequence[Tensor], stats: InputStats | None, sparsity: float | None) -> list[Tensor]:
-        from bitpress.math.wanda import wanda
-
-        assert stats is not None and sparsity is not None
-        return list(weights) if sparsity == 0 else wanda(weights, stats, sparsity, self.structure)
-
-
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
-class MagnitudePruningModifier(SparsityModifier):
-    """Prunes the smallest weights of each linear, at once. Needs no data.
-
-    Args:
-        final_sparsity: share of zeros of each linear; a list with a value for each decoder block; or a mapping
-            of patterns to either, whose patterns are then the targets. Default: what mask_structure says.
-        sparsity: the same under the name that the other pruning modifiers have. Default: none.
-        mask_structure: "N:M" prunes N of every M adjacent input columns, such as "2:4"; "unstructured" and "0:0"
-            prune anywhere in a linear. Default: "unstructured".
-        targets: linears to prune, one pattern or a list; see `bitpress.targets`. Default: "Linear".
-        ignore: linears to leave as they are, patterns as in targets. Default: none.
-        apply_globally: refused where true: shares are per linear. Default: false.
-        init_sparsity: has no effect in one shot. Default: none.
-        start: has no effect in one shot. Default: none.
-        end: has no effect in one shot. Default: none.
-        update: has no effect in one shot. Default: none.
-        update_frequency: has no effect in one shot. Default: none.
-        update_scheduler: has no effect in one shot. Default: none.
-        scheduler_args: has no effect in one shot. Default: none.
-        leave_enabled: has no effect in one shot: a later stage keeps zeros by itself. Default: none.
-    """
-
-    method: ClassVar[str] = "magnitude"
-    essential: ClassVar[frozenset[str]] = frozenset({"sparsity", "final_sparsity", "mask_structure"})
-    claims_key: ClassVar[str] = "final_sparsity"
-
-    final_sparsity: Sparsity | None = None
-    mask_structure: MaskStructure = "unstructured"
-    apply_globally: bool = False
-    init_sparsity: Float | None = None
-    start: Float | None = None
-    end: Float | None = None
-    update: Float | None = None
-    update_frequency: Float | None = None
-    update_scheduler: str | None = None
-    scheduler_args: dict[str, Any] | None = None
-    leave_enabled: bool | None = None
-
-    def prune(self, weights: Sequence[Tensor], stats: InputStats | None, sparsity: float | None) -> list[Tensor]:
-        from bitpress.math.wanda import magnitude
-
-        assert sparsity is not None
-        return list(weights) if sparsity == 0 else magnitude(weights, sparsity, self.structure)
-
-    def faults(self) -> list[str]:
-        found = super().faults()
-        if self.sparsity is not None and self.final_sparsity is not None and self.sparsity != self.final_sparsity:
-            found.append("sparsity: give either sparsity or final_sparsity, not both")
-        if self.apply_globally:
-            found.append("apply_globally: not implemented yet; give final_sparsity as a list or by pattern")
-        return found
-
-    def notes(self) -> list[str]:
-        once = ("init_sparsity", "start", "end", "update", "update_frequency", "update_scheduler", "scheduler_args")
-        found = [
-            f"{key}: has no effect in one shot: the final sparsity is reached at once"
-            for key in once
-            if getattr(self, key) is not None
-        ]
-        if self.leave_enabled is not None:
-            found.append("leave_enabled: has no effect in one shot: a later stage keeps zeros by itself")
-        return super().notes() + found
-
-    def _share(self) -> float | list[float] | dict[str, Any] | None:
-        return self.sparsity if self.final_sparsity is None else self.final_sparsity
 
 
 def _read_structure(text: str) -> tuple[int, int] | None:
