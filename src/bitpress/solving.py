@@ -208,17 +208,35 @@ def _alike(sites: Sequence[Site], *, share_input: bool) -> list[list[Site]]:
 
 
 def _solve(run: Run, jobs: Sequence[Job], folding: Folding | None, tuning: Tuning | None) -> dict[str, Result]:
-    """The algebra of all jobs; on a CPU as many at a time as it has cores."""
-    jobs = sorted(jobs, key=lambda job: -sum(s.rows * s.columns**2 for s in job.sites))  # the longest first
-    tasks = [partial(_solve_one, run, job, folding, tuning) for job in jobs]
+    """The algebra of all jobs; on a CPU as many at a time as it has cores.
+
+    Raises:
+        NumericsError: the first of those that fail, in the order of the jobs: what comes later may fail by it.
+    """
+    order = sorted(range(len(jobs)), key=lambda i: -sum(s.rows * s.columns**2 for s in jobs[i].sites))  # longest first
+    tasks = [partial(_try_one, run, jobs[i], folding, tuning) for i in order]
     with float32_products():
-        done = together(tasks) if run.device.type == "cpu" else [task() for task in tasks]
+        found = together(tasks) if run.device.type == "cpu" else [task() for task in tasks]
+    done = dict(zip(order, found, strict=True))
     results: dict[str, Result] = {}
-    for solved, held in done:
+    for i in range(len(jobs)):
+        outcome = done[i]
+        if isinstance(outcome, NumericsError):
+            raise outcome
+        solved, held = outcome
         results |= {site.name: (report, site, z) for report, site, z in solved}
         if tuning is not None:
             tuning.held += held
     return results
+
+
+def _try_one(
+    run: Run, job: Job, folding: Folding | None, tuning: Tuning | None
+) -> tuple[list[Result], list[Held]] | NumericsError:
+    try:
+        return _solve_one(run, job, folding, tuning)
+    except NumericsError as error:
+        return error
 
 
 def _solve_one(run: Run, job: Job, folding: Folding | None, tuning: Tuning | None) -> tuple[list[Result], list[Held]]:
