@@ -192,7 +192,10 @@ def write_shard(file: Path, tensors: Mapping[str, Tensor]) -> None:
     with partial.open("wb") as out:
         out.write(raw)
         for name in sizes:
-            out.write(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+            if flat.stride(0) != 1:  # of one number: any stride counts as contiguous, but cannot be read as bytes
+                flat = flat.clone(memory_format=torch.contiguous_format)
+            out.write(flat.view(torch.uint8).numpy().data)
     sync(partial)
     os.replace(partial, file)
     sync(file.parent)

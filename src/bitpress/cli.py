@@ -212,6 +212,7 @@ def evaluate(
     device: DeviceOption = Device.auto,
     trust_remote_code: Trust = False,
     trust_pickle: TrustPickle = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing while at work.")] = False,
     as_json: Json = False,
 ) -> None:
     """Compare a checkpoint with its base: perplexity, token KL, top-1 agreement, size, tokens per second."""
@@ -220,7 +221,7 @@ def evaluate(
 
     result = run(
         base, checkpoint, text=text, windows=windows, length=length, dtype=dtype, device=device.value,
-        trust_remote_code=trust_remote_code, trust_pickle=trust_pickle, on_window=_window,
+        trust_remote_code=trust_remote_code, trust_pickle=trust_pickle, on_window=None if quiet else _window,
     )  # fmt: skip
     if as_json:
         _print_json(result.to_dict())

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from bitpress.sites import Site
     from bitpress.subject import Subject
 
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")  # files of which every tokenizer has one
+
 
 def is_path(model: Any) -> bool:
     """Whether a model or tokenizer is given by its place."""
@@ -111,10 +113,10 @@ def prepare(args: Arguments) -> Prepared:
             if static:
                 raise PlanError(static)
         with faults:
-            tokenizer = find_tokenizer(args, subject)
+            tokenizer, unusable = find_tokenizer(args, subject)
             if any(m.needs or m.surveys for m in modifiers) or (recipe is None and args.dataset is not None):
                 if sound and subject is not None and not static:
-                    data = _data(args, subject, tokenizer)
+                    data = _data(args, subject, tokenizer, unusable)
                 elif args.dataset is not None:
                     _find_data(args)
         if subject is not None:
@@ -301,40 +303,53 @@ def _find_data(args: Arguments) -> None:
     )  # fmt: skip
 
 
-def _data(args: Arguments, subject: Subject, tokenizer: Any) -> CalibrationData:
+def _data(args: Arguments, subject: Subject, tokenizer: Any, unusable: str) -> CalibrationData:
     from bitpress.data import load_calibration
 
-    data = load_calibration(
-        args.dataset, tokenizer=tokenizer, splits=args.splits, dataset_config_name=args.dataset_config_name,
-        dataset_path=args.dataset_path, text_column=args.text_column, num_samples=args.num_calibration_samples,
-        max_seq_length=args.max_seq_length, pack=args.concatenate_data, separator=args.separator,
-        shuffle=args.shuffle_calibration_samples, seed=args.seed, preprocessing_func=args.preprocessing_func,
-        streaming=args.streaming, preprocessing_num_workers=args.preprocessing_num_workers,
-        trust_remote_code=args.trust_remote_code_data,
-    )  # fmt: skip
+    try:
+        data = load_calibration(
+            args.dataset, tokenizer=tokenizer, splits=args.splits, dataset_config_name=args.dataset_config_name,
+            dataset_path=args.dataset_path, text_column=args.text_column, num_samples=args.num_calibration_samples,
+            max_seq_length=args.max_seq_length, pack=args.concatenate_data, separator=args.separator,
+            shuffle=args.shuffle_calibration_samples, seed=args.seed, preprocessing_func=args.preprocessing_func,
+            streaming=args.streaming, preprocessing_num_workers=args.preprocessing_num_workers,
+            trust_remote_code=args.trust_remote_code_data,
+        )  # fmt: skip
+    except DataError as error:
+        if unusable:
+            raise DataError([*error.problems, unusable]) from None
+        raise
     _check_vocabulary(data, subject)
     _check_positions(data, subject)
     return data
 
 
-def find_tokenizer(args: Arguments, subject: Subject | None) -> Any:
-    """The tokenizer that was given, or the model's own; None if there is none (data of token ids needs none)."""
+def find_tokenizer(args: Arguments, subject: Subject | None) -> tuple[Any, str]:
+    """The tokenizer that was given, or the model's own; None if there is none (data of token ids needs none).
+
+    Returns:
+        The tokenizer, and what is wrong with the model's own where it is there and cannot be loaded.
+    """
     from transformers import AutoTokenizer
 
     given = args.tokenizer
     if given is not None and not is_path(given):
         if not callable(given):
             raise ConfigError(f"tokenizer: expected a tokenizer or its folder, got {given!r}")
-        return given
-    place = given or (subject is not None and (subject.folder or getattr(subject.config, "_name_or_path", "")))
+        return given, ""
+    place = given
+    if place is None and subject is not None:
+        place = subject.folder or getattr(subject.config, "_name_or_path", "")
     if not place:
-        return None
+        return None, ""
     try:
-        return AutoTokenizer.from_pretrained(place, trust_remote_code=args.trust_remote_code_model)
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=args.trust_remote_code_model), ""
     except (OSError, ValueError, KeyError, ImportError) as error:
+        why = str(error).strip().splitlines()[0]
         if given is not None:
-            raise ConfigError(f"tokenizer: {place}: {str(error).strip().splitlines()[0]}") from None
-        return None
+            raise ConfigError(f"tokenizer: {place}: {why}") from None
+        there = any((Path(place) / name).is_file() for name in TOKENIZERS)
+        return None, f"{place}: its own tokenizer cannot be loaded: {why}" if there else ""
 
 
 def _check_vocabulary(data: CalibrationData, subject: Subject) -> None:

@@ -224,7 +224,8 @@ def _solve(run: Run, jobs: Sequence[Job], folding: Folding | None, tuning: Tunin
     with float32_products():
         for task in tasks[:alone]:
             found.append(task())
-            memory.give_back()
+            if run.device.type == "cpu":
+                memory.give_back()
         found += together(tasks[alone:])
     done = dict(zip(order, found, strict=True))
     results: dict[str, Result] = {}

@@ -199,6 +199,13 @@ def test_bad_data(case, shared, tmp_path, no_weights):
     refused(DataError, words, tmp_path / "out", shared, data, W4, **options)
 
 
+def test_a_tokenizer_that_is_there_and_cannot_be_loaded(base, tmp_path, no_weights):
+    (base / "tokenizer.json").write_text('{"cut')
+    words = ["text needs a tokenizer", f"{base}: its own tokenizer cannot be loaded: "]
+    refused(DataError, words, tmp_path / "out", base, ["w1 w2"], W4)
+    refused(DataError, words, tmp_path / "out", base, None, W4)
+
+
 def test_text_without_a_tokenizer(base, tmp_path, no_weights):
     for file in base.glob("tokenizer*"):
         file.unlink()

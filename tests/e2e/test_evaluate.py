@@ -16,9 +16,11 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
 from bitpress import evaluate as package_evaluate
 from bitpress import oneshot
+from bitpress.cli import app
 from bitpress.errors import CheckpointError, ConfigError, DataError, NumericsError
 from bitpress.evaluate import BUILT_IN, evaluate, generate, load_model
 from bitpress.inspection import inspect_checkpoint
@@ -344,6 +346,18 @@ def test_padded_vocabulary(place, tmp_path):
     # the rows beyond the common ones are left out, so that the copy's own distribution is back
     assert result.kl == pytest.approx(evaluate(place / "base", place / "other", **kwargs).kl, rel=1e-5)
     assert f"first {VOCAB} entries" in result.notes[0]
+
+
+@pytest.mark.parametrize("quiet", [[], ["-q"]])
+def test_the_command_prints_json_alone_and_says_where_it_is_beside(place, quiet):
+    words = ["eval", place / "base", place / "other", "--text", place / "text.txt", "--length", "20", "--json", *quiet]
+    ended = CliRunner().invoke(app, [str(word) for word in words])
+    assert ended.exit_code == 0, ended.output
+    found = json.loads(ended.stdout)
+    assert found == {**evaluate(place / "base", place / "other", text=place / "text.txt", length=20).to_dict(),
+                     "base_tokens_per_second": found["base_tokens_per_second"],
+                     "tokens_per_second": found["tokens_per_second"]}  # fmt: skip
+    assert ended.stderr.splitlines() == ([] if quiet else [f"window {i} of 5" for i in range(1, 6)])
 
 
 def test_another_tokenizer_is_refused(place, tmp_path):

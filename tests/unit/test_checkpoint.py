@@ -62,6 +62,12 @@ def test_shards_are_read_by_others(tmp_path):
     whole = torch.randn(6, 4)
     tensors = {"half": whole[:3], "other": whole[3:], "turned": whole.T, "scalar": torch.tensor(3.5)}
     tensors["needs_grad"] = torch.nn.Parameter(torch.ones(2))
+    tensors |= {
+        "one number": whole[:1, :4:2][:, :1],
+        "strided": whole[::2, 1:3],
+        "none": whole[:0],
+        "turned none": whole[:0].T,
+    }
     write_shard(tmp_path / "x.safetensors", tensors)
     found = load_file(tmp_path / "x.safetensors")
     assert found.keys() == tensors.keys()

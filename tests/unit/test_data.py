@@ -376,6 +376,25 @@ def test_text_of_the_wrong_type() -> None:
     assert "row 0: text must be a string, not int" in message([{"text": 3}])
 
 
+def test_a_tensor_of_ids_has_no_split() -> None:
+    data = load(torch.arange(3, 11).reshape(2, 4), num_samples=2, shuffle=False)
+    assert [s.tolist() for s in data.sequences] == [[3, 4, 5, 6], [7, 8, 9, 10]]
+    assert data.summary["split"] is None
+
+
+def test_a_table_of_another_library() -> None:
+    class Frame:
+        iloc = None
+
+        def __len__(self) -> int:
+            return 1
+
+        def __getitem__(self, column: object) -> object:
+            raise KeyError(column)
+
+    assert "dataset cannot be a Frame. Give datasets.Dataset.from_pandas(it)." in message(Frame())
+
+
 def test_text_needs_a_tokenizer() -> None:
     text = message(["w1"], tokenizer=None)
     assert "text needs a tokenizer" in text
@@ -639,6 +658,8 @@ def test_unreadable_files(tmp_path: Path) -> None:
     assert "\n" not in text
     (tmp_path / "empty.jsonl").touch()
     assert "empty.jsonl: empty: the file has no rows" in message(tmp_path / "empty.jsonl")
+    (tmp_path / "none.json").write_text("[]\n", encoding="utf-8")
+    assert "none.json: empty: the file has no rows" in message(tmp_path / "none.json")
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
     assert "latin.txt: not UTF-8 text" in message(tmp_path / "latin.txt")
     (tmp_path / "blank.txt").write_text(" \n", encoding="utf-8")

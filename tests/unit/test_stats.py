@@ -1,5 +1,7 @@
 """Gram matrices against float64, and the process-wide switch that is put back."""
 
+import threading
+
 import pytest
 import torch
 
@@ -120,3 +122,32 @@ def test_a_mode_that_rounds_is_not_used(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
     assert products.mode_is_exact.__wrapped__() is False
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_setting_does_not_move_under_other_threads(exact, precision, monkeypatch):
+    """One that coarsens its products would coarsen those of the others, now and then."""
+    monkeypatch.setattr(products, "mode_is_exact", lambda: exact)
+    inside, seen = threading.Barrier(2, timeout=30), []
+
+    def coarse():
+        with bfloat16_products(True):
+            inside.wait()
+            inside.wait()
+
+    def fine():
+        inside.wait()
+        seen.append(BACKEND.fp32_precision)
+        inside.wait()
+
+    with float32_products():
+        held = BACKEND.fp32_precision
+        tasks = [threading.Thread(target=t) for t in (coarse, fine)]
+        for task in tasks:
+            task.start()
+        for task in tasks:
+            task.join()
+    assert seen == [held] == ["bf16" if exact else precision]
+    assert BACKEND.fp32_precision == precision
+    with bfloat16_products(True):  # it moves again
+        assert BACKEND.fp32_precision == "bf16"

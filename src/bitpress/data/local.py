@@ -82,6 +82,11 @@ def _open_folder(path: Path, builder: str, config: str | None) -> dict[str, Any]
     return _load(files, builder or _READERS[min(kinds)], tabs=kinds == {".tsv"})
 
 
+def _is_blank(file: Path) -> bool:
+    """Whether nothing is in a file but space, or an empty list."""
+    return file.stat().st_size < 64 and file.read_bytes().strip() in (b"", b"[]")
+
+
 def _load_saved(path: Path) -> dict[str, Any]:
     import datasets
 
@@ -90,7 +95,7 @@ def _load_saved(path: Path) -> dict[str, Any]:
 
 
 def _load(files: list[Path], reader: str, *, tabs: bool) -> dict[str, Any]:
-    if all(f.stat().st_size == 0 for f in files):
+    if all(_is_blank(f) for f in files):
         raise DataError(f"{files[0]}: empty: the file has no rows.")
     options = {"sep": "\t"} if tabs else {}
     names = [str(f) for f in files]

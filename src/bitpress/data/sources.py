@@ -203,10 +203,13 @@ def _single(rows: Any, spec: str | None, kind: str) -> Source:
             f"dataset cannot be a {kind}. Give a registered name, hub id or path, a datasets.Dataset, a list "
             "of texts, messages or dicts, or a DataLoader."
         )
+    if hasattr(rows, "iloc"):
+        raise DataError(f"dataset cannot be a {kind}. Give datasets.Dataset.from_pandas(it).")
     own = getattr(rows, "split", None)
-    rows, notes = slice_single(rows, spec, str(own) if own is not None else None, kind)
+    name = None if own is None or callable(own) else str(own)  # a tensor has a method of this name
+    rows, notes = slice_single(rows, spec, name, kind)
     ordered = not indexed and not hasattr(rows, "shuffle")
-    return Source(kind, rows, spec or (str(own) if own is not None else None), ordered=ordered, notes=notes)
+    return Source(kind, rows, spec or name, ordered=ordered, notes=notes)
 
 
 def _loader_rows(loader: Iterable[Any]) -> Iterator[Any]:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_held = False  # whether the process-wide switch of the CPU's products must stay as it is
+
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b` of float32; on a GPU from three products of bfloat16 halves, each factor good to 16 bits (TF32: 11)."""
@@ -38,9 +40,10 @@ def halves(x: Tensor) -> tuple[Tensor, Tensor]:
 def bfloat16_products(enabled: bool) -> Iterator[None]:
     """Within it, float32 matrix products on the CPU multiply in bfloat16 and accumulate in float32.
 
-    The switch is process-wide in torch, so it is set for as short as possible and put back.
+    The switch is process-wide in torch, so it is set for as short as possible and put back. Within `float32_products`
+    it stays as it is: what asks for less there does so for speed, and other threads are at work.
     """
-    if not enabled:
+    if not enabled or _held:
         yield
         return
     backend: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
@@ -56,10 +59,17 @@ def bfloat16_products(enabled: bool) -> Iterator[None]:
 def float32_products() -> Iterator[None]:
     """Within it, float32 matrix products on the CPU are oneDNN's where those are float32 products in its bfloat16 mode.
 
-    They are on processors with AVX-512 bfloat16 but without AMX, and there twice as fast as MKL's on AMD.
+    They are on processors with AVX-512 bfloat16 but without AMX, and there twice as fast as MKL's on AMD. Threads may
+    start within it: the switch does not move until it ends.
     """
-    with bfloat16_products(mode_is_exact()):
-        yield
+    global _held
+    exact = mode_is_exact()
+    with bfloat16_products(exact):
+        before, _held = _held, True
+        try:
+            yield
+        finally:
+            _held = before
 
 
 @cache
