@@ -285,15 +285,19 @@ def _recipe(
     ignore: list[str] | None,
     recipe: str | None,
 ) -> Any:
-    """The recipe that the options describe."""
+    """The recipe that the options describe, or what is wrong with them, to be told with all other faults."""
     from bitpress.effort import asked_for
 
-    found = asked_for(
-        scheme=scheme, bits=bits, group_size=group_size, method=method and method.value,
-        effort=effort and effort.value, ignore=ignore, written=recipe, spelled=lambda n: "--" + n.replace("_", "-"),
-    )  # fmt: skip
+    try:
+        found = asked_for(
+            scheme=scheme, bits=bits, group_size=group_size, method=method and method.value,
+            effort=effort and effort.value, ignore=ignore, written=recipe,
+            spelled=lambda n: "--" + n.replace("_", "-"),
+        )  # fmt: skip
+    except ConfigError as error:
+        return error
     if recipe is not None and not Path(recipe).is_file():
-        raise ConfigError(f"--recipe: {recipe}: no such file")
+        return ConfigError(f"--recipe: {recipe}: no such file")
     return found if recipe is None else Path(recipe)
 
 

@@ -112,7 +112,7 @@ def _int_limit(weights: QuantArgs, inputs: QuantArgs | None) -> str | None:
     if (weights.num_bits, inputs.num_bits) == (8, 8) and plain and scaled:
         return None
     packed = _served_packed(weights, inputs)
-    hint = "; on GPUs it does with format: pack-quantized in config_groups" if packed else ""
+    hint = ". With format: pack-quantized in config_groups vLLM serves it on GPUs" if packed else ""
     if packed and (weights.num_bits, inputs.num_bits, inputs.strategy) == (4, 8, "token") and weights.symmetric:
         return f"vLLM serves 4 bits stored as int8 on Arm CPUs only{hint}"
     return f"{UNSERVED}{hint}"

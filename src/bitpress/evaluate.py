@@ -219,6 +219,8 @@ def _read_text(text: str | Path | None) -> tuple[str, str]:
         words, label = text, f"a text of {len(text)} characters"
     else:
         label = str(text)
+        if not os.path.isfile(text):
+            raise DataError(f"{text}: no such file; give a plain text file")
         try:
             words = Path(text).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:

@@ -187,6 +187,8 @@ def make_plans(
 
 def _chosen(args: Arguments) -> Recipe:
     """The stages that run."""
+    if isinstance(args.recipe, ConfigError):  # the command line's options do not go together
+        raise args.recipe
     bits = args.bits
     source = asked_for(
         scheme=args.scheme, bits=bits, group_size=args.group_size, method=args.method, effort=args.effort,

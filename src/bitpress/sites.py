@@ -319,7 +319,8 @@ def misfits(sites: Sequence[Site], subject: Subject) -> list[str]:
                 )
         if site.module == head and subject.tied:
             found.append(
-                f"{site.name}: tied to the input embedding, so it cannot be compressed alone; add it to ignore"
+                f"{site.name}: tied to the input embedding, so it cannot be compressed alone; add it to ignore "
+                "(lm_head is there by itself only where nothing else is given)"
             )
         elif site.key not in subject.layout.disk_of:
             found.append(f"{site.name}: has no weight of its own in the checkpoint; add it to ignore")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from bitpress import decision, formats, journal, pipeline, profiles, size_target
+from bitpress import decision, formats, journal, pipeline, profiles, size_target, tuning
 from bitpress.checkpoint import Source
 from bitpress.errors import PlanError
 from bitpress.math.grid import Solved, quantize
@@ -189,6 +189,9 @@ def _run_stage(
         args.progress.end(complete)
         if not complete and not subject.streamed and (run.rows or done.rows):
             subject.model.bitpress_report = {"run": "failed"}  # type: ignore[assignment]  # some blocks are changed
+    if idle := tuning.idle(run.rows):
+        args.progress.note(idle)
+        done.plan = replace(done.plan, notes=(*done.plan.notes, idle))
     done.rows += [{**row, "stage": stage.name} for row in run.rows] if several else run.rows
     done.solved += run.solved
     done.caches |= run.caches
@@ -224,7 +227,11 @@ def _survey(args: Arguments, ready: Prepared, i: int, run: Run, done: Done) -> P
         section = {"method": profile.modifier.method, "sparsity": shares, "outliers": outliers}
         done.surveys.setdefault("sparsity_profiles", []).append(section)
     plans = [settled if p is plan else p for p in ready.plans]
-    done.plan = replace(whole(plans), notes=tuple(dict.fromkeys([*ready.plan.notes, *settled.notes])))
+    notes = dict.fromkeys([*ready.plan.notes, *settled.notes])
+    for note in notes:
+        if note not in ready.plan.notes:  # of the schemes that were chosen
+            args.progress.note(note)
+    done.plan = replace(whole(plans), notes=tuple(notes))
     return settled
 
 

@@ -88,7 +88,9 @@ def plan_table(plan: Plan, limit: int | None) -> RenderableType:
     cost.add_row("calibration data", "; ".join(plan.reads) or "not needed: no forward pass")
     if plan.needs_stats:
         cost.add_row("batch", f"{plan.batch_size} sequences, hidden states on the {plan.hidden_on}")
-    cost.add_row("left as they are", Text(", ".join(plan.ignored[:8]) + (" ..." if len(plan.ignored) > 8 else "")))
+    named = {site.name for site in plan.sites}
+    left = [name for name in plan.ignored if name not in named]  # what is only pruned is not quantized, but not left
+    cost.add_row("left as they are", Text(", ".join(left[:8]) + (" ..." if len(left) > 8 else "")))
     return Group(table, cost)
 
 

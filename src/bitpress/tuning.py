@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,6 +124,17 @@ class Tuning:
             return Start(h.solved, None, None, h.keep)
         grid = formats.grid_of(h.site.scheme, self.subject.dtype)
         return Start(h.solved, grid, ideal_weight(h.weight.float(), h.solved, h.gram), h.keep)
+
+
+def idle(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """What to say if blocks stayed as they were solved, from the report's rows."""
+    steps = [row["tuned"]["steps"] for row in rows if row.get("tuned")]
+    if not (kept := steps.count(0)):
+        return None
+    return (
+        f"TuneModifier: {kept} of {len(steps)} linears stayed as they were solved, as no step made the block's output "
+        "better on the sequences held out; more calibration data helps where there is little"
+    )
 
 
 def after(

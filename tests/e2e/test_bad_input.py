@@ -510,6 +510,22 @@ def test_faults_on_the_command_line(verb, code, words, options, shared, tmp_path
     assert "Traceback" not in err and not (tmp_path / "out").exists()
 
 
+def test_options_that_do_not_go_together_come_with_the_other_faults(shared, monkeypatch, capsys, no_weights):
+    options = ["--scheme", "W4A16", "--bits", "4", "--dataset", "none.jsonl", "--max-memory", "8XB"]
+    ended, _, err = cli(monkeypatch, capsys, "plan", shared, *options)
+    assert ended == 1 and "3 problems" in err
+    for words in ("--scheme: cannot go with --bits", "none.jsonl: no such file", "max_memory: '8XB' is not a size"):
+        assert words in err
+
+
+def test_the_plan_leaves_nothing_that_it_prunes(shared, tmp_path, monkeypatch, capsys, no_weights):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("MagnitudePruningModifier: {sparsity: 0.5, ignore: [lm_head]}")
+    ended, out, _ = cli(monkeypatch, capsys, "plan", shared, "--recipe", recipe)
+    left = out[out.index("left as they are") :]
+    assert ended == 0 and "lm_head" in left and "q_proj" not in left
+
+
 def test_the_plan_sees_that_the_folder_is_taken(shared, tmp_path, monkeypatch, capsys, no_weights):
     out = tmp_path / "out"
     out.mkdir()

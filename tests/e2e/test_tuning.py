@@ -55,6 +55,15 @@ def client_of_dense(folder):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
+def test_tuning_that_keeps_nothing_says_so(base, tmp_path):
+    still = {"TuneModifier": {"iters": 1, "lr": 0, "scale_lr": 0}}
+    oneshot(base, ROWS, {"modifiers": [GPTQ, still]}, output_dir=tmp_path / "out", **OPTIONS)
+    found = report(tmp_path / "out")
+    linears = len(found["layers"])
+    assert all(row["tuned"]["steps"] == 0 for row in found["layers"])
+    assert [n for n in found["notes"] if f"TuneModifier: {linears} of {linears} linears stayed" in n]
+
+
 def test_nearer_than_without_and_it_loads(base, tmp_path):
     oneshot(base, ROWS, {"modifiers": [GPTQ]}, output_dir=tmp_path / "gptq", **OPTIONS)
     oneshot(base, ROWS, {"modifiers": [GPTQ, TUNE]}, output_dir=tmp_path / "tuned", **OPTIONS)
@@ -67,6 +76,7 @@ def test_nearer_than_without_and_it_loads(base, tmp_path):
         assert after["method"] == "gptq+tune" and after["bits_per_weight"] == before["bits_per_weight"]
         says = after["tuned"]
         assert 0 < says["after"] < says["before"] and 0 < says["steps"] <= 24
+    assert not any("TuneModifier" in note for note in tuned["notes"])
     # the error is that of the weights as they are stored, on the inputs that the block had
     first = next(r for r in tuned["layers"] if r["name"].endswith("layers.0.self_attn.q_proj"))
     model = client_of_dense(base)

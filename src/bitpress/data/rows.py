@@ -116,7 +116,7 @@ def _missing_column(row: Mapping[str, Any], text_column: str) -> str:
     hint = close_name(text_column, map(str, row))
     return (
         f"the rows have no column '{text_column}'. Columns: {_names(row)}.{hint} Name the column with "
-        "text_column, or turn rows into text with preprocessing_func."
+        "text_column (--text-column), or in Python turn rows into text with preprocessing_func."
     )
 
 
