@@ -55,13 +55,10 @@ def budget(
     widest = max((max(s.rows, s.columns) for s in sites), default=width)
     # one sequence's live activations in a block, and the float32 copy of the widest input for its Gram matrix
     sequence = length * ((4 if surveys else item) * (6 * width + 3 * widest) + 4 * widest)
-    largest = max((s.rows * s.columns for s in sites), default=0)
-    stacked = max((sum(t.rows for t in sites if (t.block, t.columns) == (s.block, s.columns)) for s in sites[:64]),
-                  default=0)  # fmt: skip
-    solver = 4 * 6 * max(largest, min(stacked * max((s.columns for s in sites), default=0), 4 * largest))
+    solver = _solver_bytes(sites, device)
     needs = ((s.columns, s.needs | {"gram"} if surveys else s.needs) for s in sites)
     grams = sorted((StatsAccumulator.nbytes(c, n) for c, n in needs if n), reverse=True)
-    least_gram = 3 * grams[0] if grams else 0
+    least_gram = grams[0] if grams else 0
     on_cpu = device.type == "cpu"
     free = available(device)
     limit = max_memory or int(0.8 * free)
@@ -94,6 +91,23 @@ def budget(
         "host_bytes": host, "device_bytes": 0 if on_cpu else device_bytes, "batch_size": batch_size,
         "gram_bytes": gram_bytes, "hidden_on": where,
     }  # fmt: skip
+
+
+def _solver_bytes(sites: Sequence[Site], device: torch.device) -> int:
+    """What GPTQ with refinement, the solver that takes most, holds at once, as measured: ten copies of the weights that
+    it solves together, and with weights that need statistics eight of their Gram matrix."""
+    from bitpress.solving import SMALL
+    from bitpress.threads import workers
+
+    first = [s for s in sites if s.block == sites[0].block] if sites else []
+    largest = max((s.rows * s.columns for s in sites), default=0)
+    together = max(
+        (sum(t.rows * t.columns for t in first if t.columns == s.columns) for s in first), default=0
+    )  # at most: not all linears of a width read the same input
+    alone = 4 * 10 * max(largest, min(together, 4 * largest))
+    gram = 4 * 8 * max((s.columns**2 for s in sites if s.needs), default=0)
+    beside = 0 if device.type == "cuda" else min(sum(s.rows * s.columns for s in first), workers() * SMALL)
+    return max(alone, 4 * 10 * beside) + gram
 
 
 def tuning_bytes(sites: Sequence[Site], length: int, width: int, item: int) -> int:
