@@ -400,8 +400,11 @@ def test_arguments_and_text_that_make_no_sense(place, tmp_path):
         load_model(base, "bfloat")
     with pytest.raises(ConfigError, match="'nowhere' cannot be used"):
         load_model(base, device="nowhere")
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="no such file"):
         evaluate(base, base, text=tmp_path / "none.txt")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match="cannot be read"):
+        evaluate(base, base, text=tmp_path / "binary.txt")
     with pytest.raises(DataError, match="empty"):
         evaluate(base, base, text="  ")
     with pytest.raises(DataError, match="1 tokens"):

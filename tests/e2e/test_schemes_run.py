@@ -371,7 +371,10 @@ def test_columns_that_a_format_cannot_group(tmp_path):
     [
         ({"scheme": "NVFP4A16"}, "NVFP4A16 g16: vLLM serves it on GPUs, not on CPUs"),
         ({"scheme": "W4AFP8"}, "W4AFP8 g128: vLLM serves it on Hopper GPUs only"),
-        ({"scheme": "W4A8"}, "W4A8 g128: vLLM serves 4 bits stored as int8 on Arm CPUs only; on GPUs it does with"),
+        (
+            {"scheme": "W4A8"},
+            "W4A8 g128: vLLM serves 4 bits stored as int8 on Arm CPUs only. With format: pack-quant",
+        ),
         ({"scheme": "MXFP6A16"}, "MXFP6A16 g32: needs compressed-tensors 0.20 or later"),
         ({"scheme": "W3A16"}, "W3A16 g128: needs compressed-tensors 0.19 or later"),
         ({"scheme": "FP8_BLOCK"}, "FP8_BLOCK 128 x 128: needs compressed-tensors 0.19 or later (older ones misread"),

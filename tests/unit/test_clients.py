@@ -23,7 +23,7 @@ def test_what_vllm_serves(name):
     elif "A16" in name:
         assert said == "vLLM serves 4 and 8 bits only; this loads in transformers"
     else:
-        assert said.endswith("on GPUs it does with format: pack-quantized in config_groups")
+        assert said.endswith(". With format: pack-quantized in config_groups vLLM serves it on GPUs")
 
 
 def scheme(inputs=None, stored=None, **weights):
