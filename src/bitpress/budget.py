@@ -14,11 +14,13 @@ import torch
 from bitpress.errors import ConfigError, PlanError
 from bitpress.math.stats import StatsAccumulator
 from bitpress.subject import Subject
+from bitpress.threads import workers
 
 if TYPE_CHECKING:
     from bitpress.sites import Site
 
 PROCESS_BYTES = 900 << 20  # python, torch and transformers themselves, as measured
+SMALL = 1 << 21  # weights; larger linears are solved one at a time: each keeps all cores busy, and takes memory
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}  # on the CPU 8192 are not faster, and take 130 MB more
 
 
@@ -96,9 +98,6 @@ def budget(
 def _solver_bytes(sites: Sequence[Site], device: torch.device) -> int:
     """What GPTQ with refinement, the solver that takes most, holds at once, as measured: ten copies of the weights that
     it solves together, and with weights that need statistics eight of their Gram matrix."""
-    from bitpress.solving import SMALL
-    from bitpress.threads import workers
-
     first = [s for s in sites if s.block == sites[0].block] if sites else []
     largest = max((s.rows * s.columns for s in sites), default=0)
     together = max(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bitpress import chain, memory, ranks
 from bitpress.blocks import Batch, collect
+from bitpress.budget import SMALL
 from bitpress.errors import NumericsError
 from bitpress.folding import Folding
 from bitpress.math import masks
@@ -186,9 +187,6 @@ def _first(run: Run, states: HiddenStates) -> Batch:
     """The first sequence, and its hidden states."""
     hidden = states[0]
     return run.batches[0][:1].to(run.device), None if hidden is None else hidden[:1]
-
-
-SMALL = 1 << 21  # weights; larger linears keep all cores busy, and take memory, one at a time
 
 
 @dataclass(frozen=True)

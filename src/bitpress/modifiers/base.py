@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
@@ -251,6 +252,18 @@ class PruningModifier(LinearModifier):
 def names(value: str | list[str]) -> tuple[str, ...]:
     """One name or several, as a tuple."""
     return (value,) if isinstance(value, str) else tuple(value)
+
+
+def sweep_faults(block_size: int, dampening_frac: float, correct: float) -> list[str]:
+    """What is wrong with the numbers that every solver with a sweep has."""
+    found = []
+    if block_size < 1:
+        found.append(f"block_size: must be at least 1 column, got {block_size}")
+    if not 0 <= dampening_frac < math.inf:
+        found.append(f"dampening_frac: must be 0 or a positive fraction, got {dampening_frac}")
+    if not 0 <= correct <= 1:
+        found.append(f"correct: must be a share from 0 to 1, got {correct}")
+    return found
 
 
 def _readable(annotation: str) -> str:

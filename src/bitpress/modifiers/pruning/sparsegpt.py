@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic.dataclasses import dataclass
 
-from bitpress.modifiers.base import CONFIG, Float
+from bitpress.modifiers.base import CONFIG, Float, sweep_faults
 from bitpress.modifiers.pruning.base import ProfileModifier
 
 if TYPE_CHECKING:  # recipes are read without torch
@@ -82,13 +81,7 @@ class SparseGPTModifier(ProfileModifier):
         )
 
     def faults(self) -> list[str]:
-        found = super().faults()
-        if self.block_size < 1:
-            found.append(f"block_size: must be at least 1 column, got {self.block_size}")
-        if not 0 <= self.dampening_frac < math.inf:
-            found.append(f"dampening_frac: must be 0 or a positive fraction, got {self.dampening_frac}")
+        found = super().faults() + sweep_faults(self.block_size, self.dampening_frac, self.correct)
         if self.mask_rounds < 0:
             found.append(f"mask_rounds: must be 0 or more, got {self.mask_rounds}")
-        if not 0 <= self.correct <= 1:
-            found.append(f"correct: must be a share from 0 to 1, got {self.correct}")
         return found

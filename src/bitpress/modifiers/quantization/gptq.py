@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator
 from pydantic.dataclasses import dataclass
 
-from bitpress.modifiers.base import CONFIG, Float, Names
+from bitpress.modifiers.base import CONFIG, Float, Names, sweep_faults
 from bitpress.modifiers.quantization.base import ActOrder, SchemeGroup, SchemeModifier, act_order, act_order_faults
 
 if TYPE_CHECKING:  # recipes are read without torch
@@ -103,15 +102,9 @@ class GPTQModifier(SchemeModifier):
         )
 
     def faults(self) -> list[str]:
-        found = super().faults()
-        if self.block_size < 1:
-            found.append(f"block_size: must be at least 1 column, got {self.block_size}")
-        if not 0 <= self.dampening_frac < math.inf:
-            found.append(f"dampening_frac: must be 0 or a positive fraction, got {self.dampening_frac}")
+        found = super().faults() + sweep_faults(self.block_size, self.dampening_frac, self.correct)
         if self.refine < 0:
             found.append(f"refine: must be 0 or more rounds, got {self.refine}")
-        if not 0 <= self.correct <= 1:
-            found.append(f"correct: must be a share from 0 to 1, got {self.correct}")
         return found + act_order_faults(self.actorder, "actorder")
 
     def notes(self) -> list[str]:
