@@ -89,8 +89,8 @@ def test_faults_of_single_modifiers():
     assert problems(SparseGPTModifier, sparsity=0.5, block_size=0, dampening_frac=-1.0, mask_rounds=-1, correct=2) == [
         "SparseGPTModifier.block_size: must be at least 1 column, got 0",
         "SparseGPTModifier.dampening_frac: must be 0 or a positive fraction, got -1.0",
-        "SparseGPTModifier.mask_rounds: must be 0 or more, got -1",
         "SparseGPTModifier.correct: must be a share from 0 to 1, got 2.0",
+        "SparseGPTModifier.mask_rounds: must be 0 or more, got -1",
     ]
     for cls in (SparseGPTModifier, WandaPruningModifier):
         (fault,) = problems(cls, sparsity=0.5, sparsity_profile="awl")
