@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bitpress.compare import compare
     from bitpress.errors import (
         BitpressError,
         CheckpointError,
@@ -34,6 +35,7 @@ _PUBLIC = {
     "PlanError": "errors",
     "Recipe": "recipe",
     "RecipeError": "errors",
+    "compare": "compare",
     "evaluate": "evaluate",
     "inspect_checkpoint": "inspection",
     "oneshot": "oneshot",
@@ -48,6 +50,7 @@ __all__ = [
     "PlanError",
     "Recipe",
     "RecipeError",
+    "compare",
     "evaluate",
     "inspect_checkpoint",
     "oneshot",

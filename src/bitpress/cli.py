@@ -1,4 +1,4 @@
-"""The command line: the only file that prints or exits.
+"""The command line. Only this, `options` and `commands` print, and only they exit.
 
 Exit codes: 0 done; 1 a fault of input or data, told in one message; 2 wrong usage; 130 interrupted.
 """
@@ -9,16 +9,53 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from enum import StrEnum
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from bitpress import __version__
+from bitpress.commands.compare import compare
 from bitpress.errors import BitpressError, ConfigError
+from bitpress.options import (
+    BatchSize,
+    Bits,
+    Dataset,
+    DatasetConfig,
+    Dense,
+    Device,
+    DeviceOption,
+    EffortChoice,
+    EffortOption,
+    Fresh,
+    GroupSize,
+    Ignore,
+    Json,
+    MaxMemory,
+    MaxSeqLength,
+    Method,
+    MethodOption,
+    Model,
+    NumSamples,
+    OutputDir,
+    Pack,
+    Quiet,
+    RecipeFile,
+    Resume,
+    Scheme,
+    Seed,
+    Split,
+    StageName,
+    TextColumn,
+    Trust,
+    TrustPickle,
+    Verbose,
+    Verify,
+    err,
+    out,
+    print_json,
+)
 from bitpress.progress import choose_progress
 
 app = typer.Typer(
@@ -27,67 +64,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-out = Console(soft_wrap=True)
-err = Console(stderr=True, soft_wrap=True)
-
-
-class EffortOption(StrEnum):
-    """Choices of --effort; see `bitpress.effort`."""
-
-    fast = "fast"
-    balanced = "balanced"
-    best = "best"
-
-
-class Method(StrEnum):
-    gptq = "gptq"
-    rtn = "rtn"
-
-
-class Device(StrEnum):
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-Model = Annotated[str, typer.Argument(help="Model folder or hub id.", show_default=False)]
-Scheme = Annotated[str | None, typer.Option(help="Preset such as W4A16, W8A16, W4A16_ASYM, W8A8.")]
-Bits = Annotated[
-    float | None,
-    typer.Option(help="Size target: stored bits per weight on average, such as 4.25; chooses each linear's scheme."),
-]
-GroupSize = Annotated[int | None, typer.Option(help="Input columns per scale; -1: one scale per row.")]
-MethodOption = Annotated[Method | None, typer.Option(help="gptq (default) or rtn, with --scheme or --bits.")]
-EffortChoice = Annotated[
-    EffortOption | None,
-    typer.Option(help="With --scheme or --bits: fast; balanced, no gradients; best, with block tuning."),
-]
-Ignore = Annotated[
-    list[str] | None, typer.Option(help="Linears to leave; repeatable. Default without --recipe: lm_head.")
-]
-RecipeFile = Annotated[str | None, typer.Option(help="Recipe file (YAML or JSON), instead of --scheme.")]
-StageName = Annotated[str | None, typer.Option(help="Run this stage of the recipe alone, into OUTPUT/STAGE.")]
-Dataset = Annotated[str | None, typer.Option(help="Registered name, hub id, file or folder. Default: a built-in text.")]
-DatasetConfig = Annotated[str | None, typer.Option(help="Configuration of a hub dataset.")]
-Split = Annotated[str | None, typer.Option(help="Split, such as 'train[:5%]'.")]
-TextColumn = Annotated[str, typer.Option(help="Column that holds the text.")]
-NumSamples = Annotated[int, typer.Option(help="Calibration sequences.")]
-MaxSeqLength = Annotated[int, typer.Option(help="Tokens per sequence.")]
-Pack = Annotated[bool, typer.Option("--pack/--no-pack", help="Join texts into full sequences, or one text each.")]
-OutputDir = Annotated[Path, typer.Option("--output", "-o", help="Where the checkpoint goes.", show_default=False)]
-DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
-MaxMemory = Annotated[str | None, typer.Option(help="Memory limit of the device, such as 8GiB.")]
-BatchSize = Annotated[int | None, typer.Option(help="Sequences per forward. Default: by memory.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
-Dense = Annotated[bool, typer.Option("--dense", help="Store dense weights beside their scales, not packed.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model or dataset brings.")]
-TrustPickle = Annotated[bool, typer.Option("--trust-pickle", help="Read pickle weights; they can run code.")]
-Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Read back and compare what is written.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Fail if there is nothing to go on from.")]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Delete what an earlier run left in OUTPUT.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def _version(wanted: bool) -> None:
@@ -193,7 +169,7 @@ def plan(
 
     ready = prepare(Arguments(**arguments, output_dir=output or Path(f"bitpress-plan-{os.getpid()}")))
     if as_json:
-        _print_json({**ready.plan.to_dict(), "data": ready.data.summary if ready.data else None})
+        print_json({**ready.plan.to_dict(), "data": ready.data.summary if ready.data else None})
     elif not quiet:
         notes = (*ready.plan.notes, *(ready.data.notes if ready.data else ()))
         out.print(tables.plan_table(ready.plan, None if verbose else 12))
@@ -224,9 +200,12 @@ def evaluate(
         trust_remote_code=trust_remote_code, trust_pickle=trust_pickle, on_window=None if quiet else _window,
     )  # fmt: skip
     if as_json:
-        _print_json(result.to_dict())
+        print_json(result.to_dict())
     else:
         out.print(tables.evaluation_table(result))
+
+
+app.command()(compare)
 
 
 @app.command()
@@ -241,7 +220,7 @@ def inspect(
 
     found = inspect_checkpoint(path)
     if as_json:
-        _print_json(found.to_dict())
+        print_json(found.to_dict())
     else:
         out.print(tables.inspection_table(found, None if verbose else 0))
 
@@ -311,10 +290,6 @@ def _summary(folder: Path, verbose: bool) -> None:
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     out.print(tables.report_table(report, None if verbose else 0))
     out.print(f"checkpoint: {folder.resolve()}", highlight=False)
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def main() -> None:

@@ -59,6 +59,31 @@ class NumericsError(BitpressError):
     """NaN or infinity in weights or activations, or a Gram matrix that is not positive definite."""
 
 
+class Faults:
+    """Collects user errors, each `with` block at most one, so that the rest of the checks goes on."""
+
+    def __init__(self) -> None:
+        self.errors: list[BitpressError] = []
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if isinstance(error, BitpressError):
+            self.errors.append(error)
+            return True
+        return False
+
+    def report(self) -> None:
+        """Raise what was collected as one error: of their own type if all are of one, else a PlanError."""
+        if len(self.errors) == 1:
+            raise self.errors[0]
+        if self.errors:
+            kinds = {type(e) for e in self.errors}
+            kind = kinds.pop() if len(kinds) == 1 else PlanError
+            raise kind([p for e in self.errors for p in e.problems])
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A remedy for an unknown name: `" Did you mean 'W4A16'?"`, else the list of known names."""
     names = sorted(known)

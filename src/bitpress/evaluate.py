@@ -1,4 +1,4 @@
-"""How far a compressed checkpoint is from its base on a text, and what each of them answers.
+"""How far a compressed checkpoint is from its base on a text.
 
 The text is tokenized whole, without special tokens, and cut into windows that do not overlap. Perplexity is
 over the tokens that have a predecessor in their window; KL and top-1 agreement are over all positions.
@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitpress.errors import CheckpointError, ConfigError, DataError, NumericsError
+from bitpress.generation import device_of, evaluating, generate, in_memory
 from bitpress.loading import load_checkpoint, load_model, open_checkpoint, tokenizers_of
 
 if TYPE_CHECKING:
@@ -67,6 +67,21 @@ class Evaluation:
         return asdict(self) | {"notes": list(self.notes)}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """What `judge` measures of a base and a checkpoint, as in `Evaluation`; pairs are base and checkpoint."""
+
+    perplexities: tuple[float, float]
+    speeds: tuple[float, float]
+    kl: float
+    kl_p99: float
+    top1: float
+    tokens: int
+    windows: int
+    length: int
+    notes: tuple[str, ...]
+
+
 @dataclass
 class _Sums:
     """What adds up over windows."""
@@ -112,106 +127,86 @@ def evaluate(
         CheckpointError: a folder cannot be loaded, or the models do not share their vocabulary.
         NumericsError: a model gives NaN.
     """
-    import torch
-
-    if windows < 1 or length < 2:
-        raise ConfigError(f"windows {windows}, length {length}: need at least 1 window of 2 tokens")
-    words, label = _read_text(text)
-    found = [None if _in_memory(m) else open_checkpoint(m, trust_pickle) for m in (base, checkpoint)]
+    check_windows(windows, length)
+    words, label = read_text(text)
+    found = [None if in_memory(m) else open_checkpoint(m, trust_pickle) for m in (base, checkpoint)]
     tokens, same = tokenizers_of(tokenizer, found, trust_remote_code)
-    ids = _token_ids(tokens, words, label)
+    ids = token_ids(tokens, words, label)
     loading: list[str] = []
     models = [
         m if at is None else load_checkpoint(at, dtype, device, trust_remote_code, loading)
         for m, at in zip((base, checkpoint), found, strict=True)
     ]
+    judged = judge(models, ids, same, windows, length, on_window)
+    sizes = [stored_bytes(m) if at is None else at.bytes for m, at in zip(models, found, strict=True)]
+    return Evaluation(
+        base_perplexity=judged.perplexities[0],
+        perplexity=judged.perplexities[1],
+        kl=judged.kl,
+        kl_p99=judged.kl_p99,
+        top1=judged.top1,
+        tokens=judged.tokens,
+        base_bytes=sizes[0],
+        bytes=sizes[1],
+        base_tokens_per_second=judged.speeds[0],
+        tokens_per_second=judged.speeds[1],
+        text=label,
+        windows=judged.windows,
+        length=judged.length,
+        notes=(*loading, *judged.notes),
+    )
+
+
+def judge(
+    models: Sequence[Any],
+    ids: Tensor,
+    same: bool,
+    windows: int,
+    length: int,
+    on_window: Callable[[int, int], None] | None,
+) -> Judged:
+    """A base and a checkpoint, both loaded, on the tokens of a text.
+
+    Args:
+        ids: of the text, (T,).
+        same: their tokenizer is known to be the same.
+        windows, length, on_window: see `evaluate`.
+
+    Raises:
+        CheckpointError: the models do not share their vocabulary.
+        NumericsError: a model gives NaN.
+    """
+    import torch
+
     cut, notes = _cut(ids, windows, length, models)
-    notes = [*loading, *notes]
     sums = _Sums()
-    with torch.no_grad(), _evaluating(models):
+    with torch.no_grad(), evaluating(models):
         vocabulary = _vocabulary(models, ids, same, notes)
         for number, window in enumerate(cut):
             if on_window is not None:
                 on_window(number, len(cut))
             _measure(models, window, vocabulary, sums)
     kl = torch.cat(sums.kl)
-    sizes = [_bytes(m) if at is None else at.bytes for m, at in zip(models, found, strict=True)]
-    return Evaluation(
-        base_perplexity=_perplexity(sums.nll[0], sums.tokens),
-        perplexity=_perplexity(sums.nll[1], sums.tokens),
+    return Judged(
+        perplexities=(_perplexity(sums.nll[0], sums.tokens), _perplexity(sums.nll[1], sums.tokens)),
+        speeds=(len(kl) / max(sums.seconds[0], 1e-9), len(kl) / max(sums.seconds[1], 1e-9)),
         kl=max(0.0, kl.double().mean().item()),
         kl_p99=max(0.0, kl.kthvalue(math.ceil(0.99 * len(kl))).values.item()),
         top1=sums.agreed / len(kl),
         tokens=sums.tokens,
-        base_bytes=sizes[0],
-        bytes=sizes[1],
-        base_tokens_per_second=len(kl) / max(sums.seconds[0], 1e-9),
-        tokens_per_second=len(kl) / max(sums.seconds[1], 1e-9),
-        text=label,
         windows=len(cut),
         length=len(cut[0]),
         notes=tuple(notes),
     )
 
 
-def generate(
-    model: str | os.PathLike[str] | nn.Module,
-    prompt: str,
-    max_new_tokens: int = 64,
-    *,
-    tokenizer: Any = None,
-    dtype: str = "float32",
-    device: str = "auto",
-    trust_remote_code: bool = False,
-    trust_pickle: bool = False,
-) -> str:
-    """The greedy answer to a prompt, which goes through the chat template if there is one.
-
-    Args:
-        model: a folder, a GGUF file, what `oneshot` returned, or a model in memory with its `tokenizer`.
-
-    Raises:
-        ConfigError: no new tokens asked for, or a model in memory came without a tokenizer.
-        DataError: the prompt is empty.
-        CheckpointError: see `load_model`.
-    """
-    import torch
-
-    if max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens: must be positive, got {max_new_tokens}")
-    if not prompt:
-        raise DataError("the prompt is empty; give a few words to go on from")
-    at = None if _in_memory(model) else open_checkpoint(model, trust_pickle)
-    tokens, _ = tokenizers_of(tokenizer, [at, at], trust_remote_code)
-    loaded: Any = model if at is None else load_checkpoint(at, dtype, device, trust_remote_code)
-    if getattr(tokens, "chat_template", None):
-        turn = [{"role": "user", "content": prompt}]
-        inputs = tokens.apply_chat_template(turn, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-    else:
-        inputs = tokens(prompt, return_tensors="pt")
-    on = _device_of(loaded)
-    given = {key: inputs[key].to(on) for key in ("input_ids", "attention_mask")}
-    end = tokens.eos_token_id if tokens.pad_token_id is None else tokens.pad_token_id
-    with torch.no_grad(), _evaluating([loaded]):
-        out = loaded.generate(
-            **given,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            pad_token_id=end,
-        )
-    return str(tokens.decode(out[0, given["input_ids"].shape[1] :], skip_special_tokens=True))
+def check_windows(windows: int, length: int) -> None:
+    """ConfigError for windows that there cannot be."""
+    if windows < 1 or length < 2:
+        raise ConfigError(f"windows {windows}, length {length}: need at least 1 window of 2 tokens")
 
 
-def _in_memory(model: object) -> bool:
-    from torch import nn
-
-    return isinstance(model, nn.Module)
-
-
-def _read_text(text: str | Path | None) -> tuple[str, str]:
+def read_text(text: str | Path | None) -> tuple[str, str]:
     """The text, and what to call it."""
     if text is None:
         return (files("bitpress") / "assets" / "evaluation.txt").read_text(encoding="utf-8"), BUILT_IN
@@ -230,7 +225,8 @@ def _read_text(text: str | Path | None) -> tuple[str, str]:
     return words, label
 
 
-def _token_ids(tokenizer: Any, words: str, label: str) -> Tensor:
+def token_ids(tokenizer: Any, words: str, label: str) -> Tensor:
+    """The tokens of a text, (T,); DataError if there are not two."""
     import torch
 
     # verbose would warn that the whole text is longer than the model's context
@@ -240,7 +236,7 @@ def _token_ids(tokenizer: Any, words: str, label: str) -> Tensor:
     return torch.tensor(ids)
 
 
-def _cut(ids: Tensor, windows: int, length: int, models: list[Any]) -> tuple[list[Tensor], list[str]]:
+def _cut(ids: Tensor, windows: int, length: int, models: Sequence[Any]) -> tuple[list[Tensor], list[str]]:
     """Windows of the text, the last one shorter if the text ends in it, and what was not possible."""
     import torch
 
@@ -259,10 +255,6 @@ def _cut(ids: Tensor, windows: int, length: int, models: list[Any]) -> tuple[lis
     return cut, notes
 
 
-def _device_of(model: Any) -> Any:
-    return next(model.parameters()).device
-
-
 def _setting(model: Any, name: str) -> int | None:
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -270,7 +262,7 @@ def _setting(model: Any, name: str) -> int | None:
     return value
 
 
-def _vocabulary(models: list[Any], ids: Tensor, same: bool, notes: list[str]) -> int:
+def _vocabulary(models: Sequence[Any], ids: Tensor, same: bool, notes: list[str]) -> int:
     """Run each model once, for its vocabulary and to warm it up; the entries that both have."""
     largest = int(ids.max())
     sizes = []
@@ -295,7 +287,7 @@ def _logits(model: Any, window: Tensor) -> tuple[Tensor, float]:
     """Logits (T, V) of a window, and the seconds of the forward pass."""
     import torch
 
-    on = _device_of(model)
+    on = device_of(model)
     ids = window[None].to(on)
     if on.type == "cuda":
         torch.cuda.synchronize(on)
@@ -306,7 +298,7 @@ def _logits(model: Any, window: Tensor) -> tuple[Tensor, float]:
     return getattr(out, "logits", out)[0], time.perf_counter() - start
 
 
-def _measure(models: list[Any], window: Tensor, vocabulary: int, sums: _Sums) -> None:
+def _measure(models: Sequence[Any], window: Tensor, vocabulary: int, sums: _Sums) -> None:
     """Add one window; distributions exist for a chunk of positions at a time."""
     logits = []
     for i, model in enumerate(models):
@@ -335,18 +327,6 @@ def _perplexity(nll: float, tokens: int) -> float:
     return math.exp(nll / tokens) if nll / tokens < 700 else math.inf
 
 
-def _bytes(model: Any) -> int:
+def stored_bytes(model: Any) -> int:
+    """Bytes of a model in memory."""
     return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-
-
-@contextmanager
-def _evaluating(models: list[Any]) -> Iterator[None]:
-    """Evaluation mode (no dropout), and back to each module's own mode."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        for model in models:
-            model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -73,9 +73,7 @@ def load_checkpoint(found: Inspection, dtype: str, device: str, trust: bool, not
     import torch
     from transformers import AutoModelForCausalLM
 
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype: {dtype!r} is unknown.{did_you_mean(str(dtype), DTYPES)}")
-    on = _device(device)
+    on = check_options(dtype, device)
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     if found.method == "compressed-tensors" and _is_uniform(found):
         options["quantization_config"] = _decompressing()
@@ -246,6 +244,13 @@ def _place(found: Inspection) -> tuple[str, str | None]:
     if path.is_file():
         return str(path.parent), path.name
     return str(path), min(f.name for f in path.glob("*.gguf")) if found.method == "gguf" else None
+
+
+def check_options(dtype: str, device: str) -> Any:
+    """The device that is meant; ConfigError for an unknown dtype, or a device that is not there."""
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype: {dtype!r} is unknown.{did_you_mean(str(dtype), DTYPES)}")
+    return _device(device)
 
 
 def _device(name: str) -> Any:

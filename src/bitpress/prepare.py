@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitpress.effort import asked_for
-from bitpress.errors import BitpressError, ConfigError, DataError, PlanError, RecipeError
+from bitpress.errors import ConfigError, DataError, Faults, PlanError, RecipeError
 from bitpress.modifiers.quantization import SchemeModifier
 from bitpress.recipe import Recipe
 
@@ -49,38 +49,13 @@ class Prepared:
     output: Path | None
 
 
-class _Faults:
-    """Collects user errors, each `with` block one; the rest of the checks goes on."""
-
-    def __init__(self) -> None:
-        self.errors: list[BitpressError] = []
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        if isinstance(error, BitpressError):
-            self.errors.append(error)
-            return True
-        return False
-
-    def report(self) -> None:
-        """Raise what was collected as one error: of their own type if all are of one, else a PlanError."""
-        if len(self.errors) == 1:
-            raise self.errors[0]
-        if self.errors:
-            kinds = {type(e) for e in self.errors}
-            kind = kinds.pop() if len(kinds) == 1 else PlanError
-            raise kind([p for e in self.errors for p in e.problems])
-
-
 def prepare(args: Arguments) -> Prepared:
     """Read recipe, model and data, and hold them against each other; raises every user error, all together."""
     from bitpress import plan, ranks
     from bitpress.verified import check_blocks
 
     ranks.check()
-    faults = _Faults()
+    faults = Faults()
     recipe: Recipe | None = None
     device: torch.device | None = None
     subject: Subject | None = None

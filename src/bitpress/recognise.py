@@ -61,6 +61,12 @@ class QuantizedLayer:
     def bits_per_weight(self) -> float:
         return 8 * self.bytes / (self.rows * self.columns)
 
+    @property
+    def label(self) -> str:
+        """Scheme and group size in a few words: a preset does not say its group size, the other descriptions do."""
+        known = self.group_size is None or self.scheme not in PRESETS
+        return self.scheme if known else f"{self.scheme} g{self.group_size}"
+
 
 class Stored(NamedTuple):
     """One tensor as a header describes it; bytes as stored."""

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from bitpress.schemes import PRESETS
-
 if TYPE_CHECKING:
+    from bitpress.compare import Compared, Comparison
     from bitpress.evaluate import Evaluation
     from bitpress.inspection import Inspection
     from bitpress.plan import Plan
@@ -32,10 +31,53 @@ def evaluation_table(result: Evaluation) -> Table:
     table.add_row("KL to base, 99 % (nats)", "", f"{result.kl_p99:.5f}", "")
     table.add_row("same top token", "", f"{result.top1:.2%}", "")
     sizes = result.base_bytes, result.bytes
-    table.add_row("size", *map(_size, sizes), _change(*sizes))
+    table.add_row("size", *map(size, sizes), _change(*sizes))
     speeds = result.base_tokens_per_second, result.tokens_per_second
     table.add_row("forward (tokens/s)", *(f"{speed:,.0f}" for speed in speeds), _change(*speeds))
     return table
+
+
+def comparison_table(result: Comparison) -> RenderableType:
+    """A column for the base and each checkpoint; then what each answers to each prompt."""
+    about = f"{result.windows} windows of up to {result.length} tokens of {result.text}, {result.dtype}"
+    models = (result.base, *result.checkpoints)
+    table = Table(caption=Text(about), caption_justify="left")
+    table.add_column("")
+    for model in models:
+        table.add_column(Text(model.name, overflow="fold"), justify="right", overflow="fold")
+    for name, value in COMPARED.items():
+        cells = [value(model) for model in models]
+        if any(cells):
+            table.add_row(name, *map(Text, cells))
+    parts: list[RenderableType] = [table]
+    for i, prompt in enumerate(result.prompts):
+        said = Table.grid(padding=(0, 2))
+        for model in models:
+            said.add_row(Text(model.name, style="bold"), Text(model.answers[i] if model.answers else "-"))
+        parts += [Text(f"\n{prompt}", style="italic"), said]
+    parts += [Text(f"note: {m.name}: {note}") for m in models for note in m.notes]
+    parts += [Text(f"failed: {m.name}: {m.error}", style="red") for m in result.failed]
+    return Group(*parts)
+
+
+def _or(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+# what a comparison says of each model, for the terminal and the page
+COMPARED: dict[str, Callable[[Compared], str]] = {
+    "kind": lambda m: m.kind.replace(", ", "\n"),
+    "size": lambda m: size(m.bytes),
+    "bits/weight": lambda m: _or(m.bits_per_weight, ".3f"),
+    "bits/parameter": lambda m: _or(m.bits_per_parameter, ".2f"),
+    "load (s)": lambda m: _or(m.load_seconds, ".2f"),
+    "forward (tokens/s)": lambda m: _or(m.tokens_per_second, ",.0f"),
+    "generation (tokens/s)": lambda m: _or(m.generated_per_second, ",.1f"),
+    "perplexity": lambda m: _or(m.perplexity, ".4f"),
+    "KL, mean (nats)": lambda m: _or(m.kl, ".5f"),
+    "KL, 99 % (nats)": lambda m: _or(m.kl_p99, ".5f"),
+    "same top token": lambda m: _or(m.top1, ".2%"),
+}
 
 
 def inspection_table(inspection: Inspection, limit: int | None = None) -> RenderableType:
@@ -49,7 +91,7 @@ def inspection_table(inspection: Inspection, limit: int | None = None) -> Render
     if layers and (limit is None or len(layers) <= limit):
         parts.append(_layer_rows(layers))
     elif layers:
-        counts = Counter(_label(layer) for layer in layers)
+        counts = Counter(layer.label for layer in layers)
         parts += [Text(f"{count} layers {label}") for label, count in counts.most_common()]
         parts.append(_kind_rows(layers))
     parts += [Text(f"note: {message}") for message in inspection.messages]
@@ -74,17 +116,17 @@ def plan_table(plan: Plan, limit: int | None) -> RenderableType:
         bits = "" if sites[0].name in surveyed else f"{bits_per_weight(sites[0]):.3f}"
         table.add_row(Text(name), method, scheme, str(len(sites)), shape, bits)
     cost = Table.grid(padding=(0, 2))
-    exact = f"{_size(plan.output_bytes)} ({plan.output_bytes:,} bytes of weights, exact)"
+    exact = f"{size(plan.output_bytes)} ({plan.output_bytes:,} bytes of weights, exact)"
     if (target := plan.target) is not None:
         low, high = (sum(f(g.sizes.values()) for g in target.groups) / target.weights for f in (min, max))
-        exact = f"about {_size(plan.output_bytes)} at most: exact once the survey has chosen"
+        exact = f"about {size(plan.output_bytes)} at most: exact once the survey has chosen"
         many = f"{target.bits:g} bits per weight, for {len(target.groups)} groups of linears that share a scheme"
         cost.add_row("size target", f"{many}; possible: {low:.3f} to {high:.3f}")
         cost.add_row("chosen from", Text(", ".join(target.choices)))
     cost.add_row("output", exact)
-    cost.add_row("host memory", f"about {_size(plan.host_bytes)}")
+    cost.add_row("host memory", f"about {size(plan.host_bytes)}")
     if plan.device_bytes:
-        cost.add_row("device memory", f"about {_size(plan.device_bytes)}")
+        cost.add_row("device memory", f"about {size(plan.device_bytes)}")
     cost.add_row("calibration data", "; ".join(plan.reads) or "not needed: no forward pass")
     if plan.needs_stats:
         cost.add_row("batch", f"{plan.batch_size} sequences, hidden states on the {plan.hidden_on}")
@@ -113,14 +155,14 @@ def report_table(report: Mapping[str, Any], limit: int | None) -> RenderableType
         table.add_row(Text(name), method, scheme, *count, mean, f"{max(errors):.3%}", bits)
     totals = report["totals"]
     facts = Table.grid(padding=(0, 2))
-    facts.add_row("weights written", _size(totals["output_bytes"]))
+    facts.add_row("weights written", size(totals["output_bytes"]))
     if "bits_per_weight" in totals:
         left = f", {totals['left_dense']} left dense counted" if "left_dense" in totals else ""
         facts.add_row("bits per weight", f"{totals['bits_per_weight']:.3f} on average{left}")
     facts.add_row("time", f"{totals['seconds']:.1f} s")
-    facts.add_row("peak memory", f"{_size(totals['peak_host_bytes'])} host")
+    facts.add_row("peak memory", f"{size(totals['peak_host_bytes'])} host")
     if totals["peak_device_bytes"]:
-        facts.add_row("", f"{_size(totals['peak_device_bytes'])} device")
+        facts.add_row("", f"{size(totals['peak_device_bytes'])} device")
     if totals.get("policies"):
         facts.add_row(
             "policy",
@@ -133,14 +175,14 @@ def _facts(inspection: Inspection) -> Table:
     method = inspection.method + (f" ({inspection.format})" if inspection.format else "")
     model = [*inspection.architectures[:1], inspection.model_type, inspection.dtype]
     files = "1 file" if inspection.shards == 1 else f"{inspection.shards} files"
-    size = f"{_size(inspection.bytes)} in {files}"
+    stored = f"{size(inspection.bytes)} in {files}"
     if inspection.bits_per_parameter is not None:
-        size += f", {inspection.parameters:,} parameters, {inspection.bits_per_parameter:.2f} bits per parameter"
+        stored += f", {inspection.parameters:,} parameters, {inspection.bits_per_parameter:.2f} bits per parameter"
     rows = {
         "checkpoint": inspection.path,
         "method": method,
         "model": ", ".join(str(word) for word in model if word),
-        "size": size,
+        "size": stored,
         "ignored": ", ".join(inspection.ignored),
         "cache": inspection.cache or "",
         "pruned": f"{inspection.pruned} (report.json)" if inspection.pruned else "",
@@ -148,7 +190,7 @@ def _facts(inspection: Inspection) -> Table:
     }
     if inspection.bits_per_weight is not None:
         rows["quantized"] = (
-            f"{len(inspection.layers)} linears, {_size(inspection.quantized_bytes)}, "
+            f"{len(inspection.layers)} linears, {size(inspection.quantized_bytes)}, "
             f"{inspection.bits_per_weight:.3f} bits per weight"
         )
     table = Table.grid(padding=(0, 2))
@@ -163,7 +205,7 @@ def _layer_rows(layers: Sequence[QuantizedLayer]) -> Table:
     table.add_column("bits/weight", justify="right")
     for layer in layers:
         shape = f"{layer.rows} x {layer.columns}"
-        table.add_row(Text(layer.name), shape, _label(layer), f"{layer.bits_per_weight:.3f}")
+        table.add_row(Text(layer.name), shape, layer.label, f"{layer.bits_per_weight:.3f}")
     return table
 
 
@@ -171,7 +213,7 @@ def _kind_rows(layers: Sequence[QuantizedLayer]) -> Table:
     """One row for each scheme of each kind: the last part of the name, such as q_proj."""
     groups: dict[tuple[str, str], list[QuantizedLayer]] = {}
     for layer in layers:
-        groups.setdefault((layer.name.rpartition(".")[2], _label(layer)), []).append(layer)
+        groups.setdefault((layer.name.rpartition(".")[2], layer.label), []).append(layer)
     table = Table("kind", "scheme")
     for name in ("layers", "weights", "bits/weight"):
         table.add_column(name, justify="right")
@@ -191,13 +233,8 @@ def _name_table(first: str, *others: str) -> Table:
     return table
 
 
-def _label(layer: QuantizedLayer) -> str:
-    """A preset does not say its group size; the other descriptions do."""
-    known = layer.group_size is None or layer.scheme not in PRESETS
-    return layer.scheme if known else f"{layer.scheme} g{layer.group_size}"
-
-
-def _size(count: int) -> str:
+def size(count: float) -> str:
+    """Bytes for people: `93.4 MB`."""
     return f"{count / 1e6:,.1f} MB" if count < 1e10 else f"{count / 1e9:,.1f} GB"
 
 

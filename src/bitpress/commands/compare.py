@@ -1,0 +1,65 @@
+"""`bitpress compare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bitpress.errors import DataError
+from bitpress.options import Device, DeviceOption, Json, Trust, TrustPickle, err, out, print_json
+
+Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="Prompt that each answers; repeatable.")]
+PromptFile = Annotated[Path | None, typer.Option("--prompts", help="Text file with a prompt a line.")]
+MaxNewTokens = Annotated[int, typer.Option(help="Tokens of an answer, at most.")]
+
+
+def compare(
+    base: Annotated[str, typer.Argument(help="The full-precision model.", show_default=False)],
+    checkpoints: Annotated[list[str], typer.Argument(help="What was made of it, in any format.", show_default=False)],
+    prompt: Prompts = None,
+    prompts: PromptFile = None,
+    max_new_tokens: MaxNewTokens = 64,
+    text: Annotated[Path | None, typer.Option(help="Text file to judge on. Default: a built-in text.")] = None,
+    windows: Annotated[int, typer.Option(help="Windows of text.")] = 8,
+    length: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
+    device: DeviceOption = Device.auto,
+    html: Annotated[Path | None, typer.Option(help="Also write a page to this file.")] = None,
+    trust_remote_code: Trust = False,
+    trust_pickle: TrustPickle = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing while at work.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Hold several checkpoints against their base: size, load time, tokens/s, perplexity, KL, top-1, generations."""
+    from bitpress import tables
+    from bitpress.compare import compare as run
+
+    result = run(
+        base, *checkpoints, prompts=[*(prompt or ()), *read_prompts(prompts)], max_new_tokens=max_new_tokens,
+        text=text, windows=windows, length=length, dtype=dtype, device=device.value,
+        trust_remote_code=trust_remote_code, trust_pickle=trust_pickle, html=html,
+        on_step=None if quiet else lambda step: err.print(step, highlight=False, markup=False),
+    )  # fmt: skip
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        out.print(tables.comparison_table(result))
+        if html is not None:
+            out.print(f"page: {html.resolve()}", highlight=False)
+    if result.failed:
+        raise typer.Exit(1)
+
+
+def read_prompts(file: Path | None) -> list[str]:
+    """A prompt from every line that is not empty; DataError if there is none."""
+    if file is None:
+        return []
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise DataError(f"--prompts: {file}: cannot be read ({error}); give a text file with a prompt a line") from None
+    if not (found := [line.strip() for line in lines if line.strip()]):
+        raise DataError(f"--prompts: {file}: holds no prompt; write one a line")
+    return found

@@ -1,0 +1,143 @@
+"""Comparing checkpoints of several formats: the figures of `evaluate` for each, in a table, as JSON and as a page."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+from bitpress import CheckpointError, ConfigError, PlanError, compare, evaluate, oneshot
+from bitpress.cli import app
+from bitpress.evaluate import generate, load_model
+from bitpress.tables import comparison_table
+from conftest import build, save
+from helpers import make_tokenizer
+
+PROMPTS = ["w1 w2 w3", "w4 <b>&"]
+TEXT = " ".join(f"w{(i * 37) % 90}" for i in range(90))
+KEYS = {"text": TEXT, "windows": 2, "length": 40}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A base, an int4 checkpoint, an fp8 one with rounded activations, and a pruned dense one."""
+    path = tmp_path_factory.mktemp("models")
+    make_tokenizer(save(build("llama", torch.bfloat16), path / "base"))
+    recipes = {
+        "int4": {"QuantizationModifier": {"scheme": "W4A16", "group_size": 16, "ignore": ["lm_head"]}},
+        "fp8": {"QuantizationModifier": {"scheme": "FP8_DYNAMIC", "ignore": ["lm_head"]}},
+        "pruned": {"MagnitudePruningModifier": {"sparsity": 0.5, "ignore": ["lm_head"]}},
+    }
+    for name, recipe in recipes.items():
+        oneshot(path / "base", None, recipe, output_dir=path / name)
+    return path
+
+
+@pytest.fixture(scope="module")
+def result(place):
+    return compare(place / "base", place / "int4", place / "fp8", place / "pruned", prompts=PROMPTS, max_new_tokens=5,
+                   **KEYS)  # fmt: skip
+
+
+def test_each_has_the_figures_of_evaluate(place, result):
+    assert [m.name for m in result.checkpoints] == ["int4", "fp8", "pruned"] and not result.failed
+    for row in result.checkpoints:
+        one = evaluate(place / "base", place / row.name, **KEYS)
+        assert (row.perplexity, row.kl, row.kl_p99, row.top1) == (one.perplexity, one.kl, one.kl_p99, one.top1)
+        assert row.bytes == one.bytes and row.tokens_per_second > 0 and row.load_seconds > 0
+        assert result.base.perplexity == one.base_perplexity and result.base.bytes == one.base_bytes
+    assert result.base.kl is None and result.base.bits_per_weight is None and result.base.bits_per_parameter == 16
+    int4, fp8, pruned = result.checkpoints
+    assert int4.bits_per_weight == 5 and "W4A16 g16" in int4.kind and "FP8_DYNAMIC" in fp8.kind
+    assert pruned.kind == "dense" and pruned.bits_per_weight is None
+    assert (result.windows, result.length, result.tokens) == (2, 40, 78)
+
+
+def test_answers_are_those_of_generate(place, result):
+    for row in (result.base, *result.checkpoints):
+        assert row.generated_per_second > 0
+        assert list(row.answers) == [generate(place / row.name, prompt, 5) for prompt in PROMPTS]
+
+
+def test_what_is_shown(place, result, tmp_path):
+    console = Console(width=110)
+    with console.capture() as captured:
+        console.print(comparison_table(result))
+    text = captured.get()
+    for word in ("int4", "fp8", "pruned", "perplexity", "load (s)", "generation (tokens/s)", PROMPTS[1], "5.000"):
+        assert word in text
+    assert f"{result.checkpoints[0].kl:.5f}" in text and "failed" not in text
+    page = tmp_path / "page.html"
+    words = [str(place / n) for n in ("base", "int4", "fp8")]
+    done = CliRunner().invoke(
+        app,
+        ["compare", *words, "--windows", "1", "--length", "20", "--prompt", PROMPTS[1], "--max-new-tokens", "3",
+         "--html", str(page), "--json", "-q"],
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    data = json.loads(done.stdout)
+    assert [c["name"] for c in data["checkpoints"]] == ["int4", "fp8"] and data["prompts"] == PROMPTS[1:]
+    html = page.read_text()
+    assert "w4 &lt;b&gt;&amp;" in html and "<b>&amp;" not in html
+    assert not re.search(r"""(src|href)=(?!["']?data:)|<script|@import|url\(""", html)
+
+
+def test_a_model_in_memory_and_the_same_checkpoint_twice(place):
+    base = load_model(place / "base")
+    found = compare(place / "base", base, place / "int4", place / "int4", **KEYS)
+    memory, first, second = found.checkpoints
+    assert (memory.kind, memory.kl, memory.top1, memory.load_seconds) == ("in memory", 0.0, 1.0, None)
+    assert first.kl == second.kl and first.name != second.name
+
+
+def test_what_cannot_be_loaded_keeps_its_place(place, tmp_path):
+    broken = tmp_path / "broken"
+    save(build("llama", torch.bfloat16), broken)
+    config = json.loads((broken / "config.json").read_text())
+    config["num_hidden_layers"] = 3  # weights that the file lacks
+    (broken / "config.json").write_text(json.dumps(config))
+    found = compare(place / "base", broken, place / "int4", prompts=PROMPTS[:1], max_new_tokens=2, **KEYS)
+    assert [m.name for m in found.failed] == ["broken"] and "missing" in found.failed[0].error
+    assert found.failed[0].kl is None and found.checkpoints[1].kl > 0
+    with pytest.raises(CheckpointError, match=r"broken: .*missing"):
+        compare(place / "base", broken, **KEYS)
+    words = [str(p) for p in (place / "base", broken, place / "int4")]
+    page = tmp_path / "page.html"
+    done = CliRunner().invoke(app, ["compare", *words, "--windows", "1", "--length", "20", "--html", str(page)])
+    assert done.exit_code == 1 and "failed: broken" in done.stdout
+    assert "broken" in page.read_text() and 'id="failed"' in page.read_text()
+
+
+def test_all_faults_come_at_once_and_before_any_load(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["bitpress.compare"], "load_checkpoint", None)
+    with pytest.raises(PlanError) as caught:
+        compare(place / "base", tmp_path / "nowhere", tmp_path, windows=0, dtype="int3", prompts=["ok", " "],
+                html=tmp_path / "no" / "x.html", text="")  # fmt: skip
+    found = "\n".join(caught.value.problems)
+    for word in ("nowhere", "not a checkpoint", "windows 0", "'int3'", "the prompt is empty", "no such folder",
+                 "the text is empty"):  # fmt: skip
+        assert word in found
+    with pytest.raises(ConfigError, match="name at least one"):
+        compare(place / "base")
+    other = tmp_path / "other"
+    tokens = make_tokenizer(save(build("llama", torch.bfloat16), other))
+    tokens.add_tokens(["more"])
+    tokens.save_pretrained(other)
+    with pytest.raises(CheckpointError, match="its tokenizer is not that of"):
+        compare(place / "base", place / "int4", other)
+
+
+def test_prompts_from_a_file(place, tmp_path):
+    (tmp_path / "prompts.txt").write_text("w1 w2\n\nw3\n")
+    words = ["compare", str(place / "base"), str(place / "int4"), "--windows", "1", "--length", "20", "-q", "--json"]
+    more = ["--prompts", str(tmp_path / "prompts.txt"), "--prompt", "w9", "--max-new-tokens", "2"]
+    done = CliRunner().invoke(app, [*words, *more])
+    assert json.loads(done.stdout)["prompts"] == ["w9", "w1 w2", "w3"]
+    (tmp_path / "prompts.txt").write_text("\n")
+    done = CliRunner().invoke(app, [*words, *more])
+    assert "holds no prompt" in str(done.exception)
