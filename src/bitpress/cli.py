@@ -154,6 +154,26 @@ def oneshot(
 
 
 @app.command()
+def run(
+    config: Annotated[Path, typer.Argument(help="Configuration: .toml, .yaml or .json.", show_default=False)],
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value in place of what the file says; repeatable.")
+    ] = None,
+    resume: Resume = False,
+    fresh: Fresh = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compress a model as a configuration file says. The same command goes on where a failed or killed one was."""
+    from bitpress.configs import run as configured
+
+    shown = choose_progress(not quiet, verbose=verbose)
+    result = configured(config, sets or (), resume=resume, fresh=fresh, progress=shown)
+    if not quiet:
+        _summary(result.folder, verbose)
+
+
+@app.command()
 @_with_run_arguments
 def plan(
     arguments: dict[str, Any],

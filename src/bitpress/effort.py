@@ -86,7 +86,7 @@ def recipe(effort: Effort, keys: dict[str, Any] | None, pruning: dict[str, Any] 
     modifiers: dict[str, Any] = {}
     if keys is not None and pruning is None and effort != "fast":
         smoothing = {"ignore": keys.get("ignore", []), "required": False}
-        modifiers["SmoothQuantModifier" if _integer_activations(keys) else "AWQModifier"] = smoothing
+        modifiers["SmoothQuantModifier" if integer_activations(keys) else "AWQModifier"] = smoothing
     modifiers |= pruning or {}
     if keys is not None:
         more = {"refine": 0} if effort == "fast" else {"correct": CORRECT, "dampening_frac": DAMPENING}
@@ -96,7 +96,8 @@ def recipe(effort: Effort, keys: dict[str, Any] | None, pruning: dict[str, Any] 
     return modifiers
 
 
-def _integer_activations(keys: dict[str, Any]) -> bool:
+def integer_activations(keys: dict[str, Any]) -> bool:
+    """Whether inputs are rounded to integers by what a quantizer's keys say."""
     if "scheme" in keys:
         try:
             inputs = preset(keys["scheme"]).input_activations

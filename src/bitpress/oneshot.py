@@ -10,12 +10,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from bitpress.errors import ConfigError
+from bitpress.errors import ConfigError, did_you_mean
 from bitpress.prepare import Prepared, is_path, prepare
 from bitpress.progress import Progress, choose_progress
 
 if TYPE_CHECKING:
     from torch import nn
+
+DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,8 @@ class Arguments:
     output_dir: Path | None = None
     stage: str | None = None
     save_compressed: bool = True
+    dtype: str | None = None
+    attn_implementation: str | None = None
     device: str = "auto"
     max_memory: int | str | None = None
     batch_size: int | None = None
@@ -84,6 +88,12 @@ class Arguments:
             faults.append(f"seed: expected a whole number from 0 to 2^63 - 1, got {self.seed!r}")
         if self.stage is not None and not isinstance(self.stage, str):
             faults.append(f"stage: expected a name, got {self.stage!r}")
+        if self.dtype not in (None, "auto", *DTYPES):
+            faults.append(f"dtype: {self.dtype!r} is unknown.{did_you_mean(str(self.dtype), DTYPES)}")
+        if not is_path(self.model):
+            for name in ("dtype", "attn_implementation"):
+                if getattr(self, name) not in (None, "auto"):
+                    faults.append(f"{name}: the model is in memory; load it with that {name}")
         if self.resume and self.fresh:
             faults.append("resume, fresh: give one of the two")
         if self.stage is not None and self.output_dir is None and is_path(self.model):
@@ -125,6 +135,8 @@ def oneshot(
     output_dir: str | os.PathLike[str] | None = None,
     stage: str | None = None,
     save_compressed: bool = True,
+    dtype: str | None = None,
+    attn_implementation: str | None = None,
     device: str = "auto",
     max_memory: int | str | None = None,
     batch_size: int | None = None,
@@ -176,6 +188,9 @@ def oneshot(
         output_dir: where the checkpoint goes; with `stage`, to `<output_dir>/<stage>`.
         stage: run this stage of the recipe alone. None: all of them.
         save_compressed: packed weights; else dense ones beside their scales and zero points.
+        dtype: "bfloat16", "float16" or "float32": what the model's weights are turned into first; None: as they are.
+        attn_implementation: attention of the forwards, by transformers' name ("sdpa", "eager", "flash_attention_2");
+            None: transformers' choice.
         device: "auto", "cpu", "cuda" or "cuda:N".
         max_memory: limit for the device's memory (host memory on the CPU): bytes or "8GiB".
         batch_size: sequences per forward; None: by memory.
@@ -208,7 +223,7 @@ def oneshot(
         separator=separator, preprocessing_func=preprocessing_func,
         preprocessing_num_workers=preprocessing_num_workers, streaming=streaming,
         output_dir=None if output_dir is None else Path(output_dir).expanduser(), stage=stage,
-        save_compressed=save_compressed,
+        save_compressed=save_compressed, dtype=dtype, attn_implementation=attn_implementation,
         device=device, max_memory=max_memory, batch_size=batch_size,
         min_expert_tokens=min_expert_tokens, seed=seed, verify=verify, resume=resume, fresh=fresh,
         trust_remote_code_model=trust_remote_code_model, trust_remote_code_data=trust_remote_code_data,
@@ -278,6 +293,8 @@ def _identity(args: Arguments, ready: Prepared) -> dict[str, Any]:
             "max_memory": args.limit,
             "seed": args.seed,
             "stage": args.stage,
+            "dtype": args.dtype,
+            "attn_implementation": args.attn_implementation,
         },
         "versions": versions(),
     }

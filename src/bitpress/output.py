@@ -190,7 +190,9 @@ class Output:
         else:
             config = json.loads(subject.config.to_json_string(use_diff=True))
             config["architectures"] = [type(subject.model).__name__]
-        if "dtype" not in config and "torch_dtype" not in config:
+        if subject.turned:
+            config.pop("torch_dtype", None)
+        if subject.turned or ("dtype" not in config and "torch_dtype" not in config):
             config["dtype"] = str(subject.dtype).removeprefix("torch.")
         if subject.tied:
             config["tie_word_embeddings"] = True

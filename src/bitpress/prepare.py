@@ -231,7 +231,10 @@ def open_subject(args: Arguments) -> Subject:
     folder = locate(args.model, trust_pickle=args.trust_pickle)
     if method := is_quantized(folder):
         raise PlanError(f"{args.model} " + remedy.format(method))
-    return FolderSubject(folder, trust_remote_code=args.trust_remote_code_model, trust_pickle=args.trust_pickle)
+    return FolderSubject(
+        folder, trust_remote_code=args.trust_remote_code_model, trust_pickle=args.trust_pickle, dtype=args.dtype,
+        attention=args.attn_implementation,
+    )  # fmt: skip
 
 
 def _check_output(args: Arguments, output: Path) -> None:
@@ -260,7 +263,11 @@ def _in_memory(args: Arguments, subject: Subject) -> Subject:
         return ModuleSubject(model)
     return ModuleSubject(
         AutoModelForCausalLM.from_pretrained(
-            subject.folder, dtype="auto", trust_remote_code=args.trust_remote_code_model, local_files_only=True
+            subject.folder,
+            dtype=subject.dtype if args.dtype else "auto",
+            attn_implementation=args.attn_implementation,
+            trust_remote_code=args.trust_remote_code_model,
+            local_files_only=True,
         )
     )
 

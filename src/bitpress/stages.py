@@ -77,7 +77,12 @@ def run_stages(args: Arguments, ready: Prepared, identity: dict[str, Any], start
         before = places[i - 1] if i else None
         if subject.streamed and before is not None:
             hidden = [f"{s.name}.{n}" for s in ready.plans[i].inherited for n in _beside(s)]
-            subject = FolderSubject(before, trust_remote_code=args.trust_remote_code_model, hidden=hidden)
+            subject = FolderSubject(
+                before,
+                trust_remote_code=args.trust_remote_code_model,
+                hidden=hidden,
+                attention=args.attn_implementation,
+            )
         _run_stage(args, ready, i, subject, places[i], _identity_of(identity, ready, i), done, started)
         if before is not None and i < len(places) - 1:
             shutil.rmtree(before)  # what comes next starts from this stage

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bitpress.blocks import Blocks
 from bitpress.checkpoint import Source
-from bitpress.errors import CheckpointError, PlanError
+from bitpress.errors import CheckpointError, ConfigError, PlanError
 from bitpress.experts import UnfusedExperts, refuse, unfuse
 from bitpress.names import Layout, layout, names_on_disk
 from bitpress.pickles import open_weights
@@ -32,6 +32,7 @@ class Subject:
         blocks: its decoder blocks.
         layout: names on disk of its tensors.
         dtype: the checkpoint's dtype, in which forwards run and scales are stored.
+        turned: weights are turned into that dtype, and are stored in another one.
         streamed: parameters are on the meta device until loaded.
     """
 
@@ -42,6 +43,7 @@ class Subject:
     experts: dict[str, UnfusedExperts]
     folder: Path | None = None
     streamed: bool
+    turned: bool = False
 
     @property
     def config(self) -> Any:
@@ -158,16 +160,27 @@ class FolderSubject(Subject):
     Args:
         trust_pickle: read pickle weights if there are no others.
         hidden: names on disk of tensors that are no part of the model: scales beside dense weights.
+        dtype: what weights are turned into when they are read, by name; those of another dtype than most stay as they
+            are. None: nothing is turned.
+        attention: transformers' name of the attention; None: its choice.
 
     Raises:
         CheckpointError: the folder cannot be read.
         PlanError: not a decoder language model, or a layout on disk that cannot be followed.
+        ConfigError: this attention cannot be had.
     """
 
     streamed = True
 
     def __init__(
-        self, folder: Path, *, trust_remote_code: bool = False, trust_pickle: bool = False, hidden: Iterable[str] = ()
+        self,
+        folder: Path,
+        *,
+        trust_remote_code: bool = False,
+        trust_pickle: bool = False,
+        hidden: Iterable[str] = (),
+        dtype: str | None = None,
+        attention: str | None = None,
     ) -> None:
         from accelerate import init_empty_weights
         from transformers import AutoModelForCausalLM
@@ -179,14 +192,19 @@ class FolderSubject(Subject):
         if hasattr(config, "quantization_config"):  # of an earlier stage; its dense weights are what is loaded
             del config.quantization_config
         self.source = open_weights(folder, trust_pickle=trust_pickle)
-        self.dtype = checkpoint_dtype(config, self.source)
+        self.stored_dtype = self.dtype = checkpoint_dtype(config, self.source)
+        if isinstance(wanted := getattr(torch, dtype or "", None), torch.dtype):
+            self.dtype, self.turned = wanted, wanted != self.stored_dtype
+        options = {} if attention is None else {"attn_implementation": attention}
         try:
             with init_empty_weights(include_buffers=False):
                 self.model = AutoModelForCausalLM.from_config(
-                    config, dtype=self.dtype, trust_remote_code=trust_remote_code
+                    config, dtype=self.dtype, trust_remote_code=trust_remote_code, **options
                 )
-        except ValueError as error:
+        except (ValueError, ImportError) as error:
             first = str(error).strip().splitlines()[0]
+            if options and type(config) in AutoModelForCausalLM._model_mapping:
+                raise ConfigError(f"attn_implementation: '{attention}' cannot be had: {first}") from None
             raise PlanError(f"{config.model_type}: not a decoder language model: {first}") from None
         self.model.eval().requires_grad_(False)
         self.layout = layout(self.model, self.source.tensors.keys() - set(hidden))
@@ -209,11 +227,15 @@ class FolderSubject(Subject):
             raise CheckpointError([f"{self.folder}: {p}" for p in problems[:8]])
 
     def spec(self, key: str) -> tuple[torch.dtype, tuple[int, ...]]:
-        return self.source.spec(self.layout.disk_of[key])
+        dtype, shape = self.source.spec(self.layout.disk_of[key])
+        return self.dtype if self.turned and dtype == self.stored_dtype else dtype, shape
 
     def stored(self, keys: Iterable[str]) -> dict[str, Tensor]:
         names = {self.layout.disk_of[k]: k for k in keys}
-        return {names[disk]: tensor for disk, tensor in self.source.read(names).items()}
+        found = {names[disk]: tensor for disk, tensor in self.source.read(names).items()}
+        if not self.turned:
+            return found
+        return {key: t.to(self.dtype) if t.dtype == self.stored_dtype else t for key, t in found.items()}
 
     def load(self, prefix: str | None, device: torch.device, weights: dict[str, Tensor] | None = None) -> None:
         weights = weights or {}
