@@ -373,7 +373,7 @@ def test_on_the_command_line(base, place, monkeypatch, capsys):
         return ended.value.code or 0, capsys.readouterr()
 
     code, said = start("--set", "group_sizee=16")
-    assert code == 1 and said.err.startswith("ConfigError: 2 problems\n") and not said.out
+    assert code == 1 and said.err.startswith("ConfigError: 3 problems\n") and not said.out
     assert "--set group_sizee: unknown key. Did you mean 'group_size'?" in said.err
     assert "run.toml: output_dir: missing" in said.err
     code, said = start("--set", "group_size=16", "--set", "output_dir=out")
