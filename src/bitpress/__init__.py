@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         DataError,
         NumericsError,
         PlanError,
+        RankError,
         RecipeError,
     )
     from bitpress.evaluate import evaluate
@@ -33,6 +34,7 @@ _PUBLIC = {
     "DataError": "errors",
     "NumericsError": "errors",
     "PlanError": "errors",
+    "RankError": "errors",
     "Recipe": "recipe",
     "RecipeError": "errors",
     "compare": "compare",
@@ -48,6 +50,7 @@ __all__ = [
     "DataError",
     "NumericsError",
     "PlanError",
+    "RankError",
     "Recipe",
     "RecipeError",
     "compare",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bitpress import ranks
 from bitpress.errors import ConfigError, PlanError
 from bitpress.math.stats import StatsAccumulator
 from bitpress.subject import Subject
@@ -138,7 +139,7 @@ def available(device: torch.device) -> int:
     with open("/proc/meminfo") as lines:
         for line in lines:
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) << 10
+                return (int(line.split()[1]) << 10) // ranks.local(device)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

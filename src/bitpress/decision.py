@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitpress import memory
+from bitpress import memory, ranks
 from bitpress.blocks import Batch
 from bitpress.journal import Journal
 from bitpress.perturb import divergence, in_float32, installed, solved, statistics, tensors_of
@@ -59,6 +59,7 @@ def decide(run: Run, journal: Journal | None) -> Decision:
     shares = [p.shares(mine) for p, mine in zip(run.plan.profiles, outliers, strict=True)]
     target = run.plan.target
     found = Decision(None if target is None else _allocation(run, target, measured), shares, outliers)
+    found = ranks.share(found)  # all have surveyed the same, but bits may differ from GPU to GPU
     if journal is not None:
         journal.note({"decision": found.to_dict()})
     return found
@@ -81,7 +82,7 @@ def _allocation(run: Run, target: SizeTarget, measured: Measured) -> Allocation:
         else:
             compared = compare(run, target, {"mixed": picks, best: alike})
             won = compared["mixed"] <= compared[best]
-            tokens = "the same tokens" if sum(map(len, run.batches)) == 1 else "other tokens"
+            tokens = "the same tokens" if sum(map(len, run.everything)) == 1 else "other tokens"
             notes.append(
                 f"on {tokens} the mixture has a KL of {compared['mixed']:.4f}, {best} everywhere "
                 f"{compared[best]:.4f}: {'the mixture' if won else best} it is"
@@ -111,7 +112,7 @@ class _Comparison:
             for g in target.groups
             for s in g.sites
         }
-        data = Data.of(run.batches)
+        data = Data.of(run.everything)
         self.whole, self.held = data.whole, data.held
         folder = None if run.output is None else run.output.work
         names = ("whole", "clean", *rivals)

@@ -7,6 +7,7 @@ BitpressError
  +- DataError        calibration data is missing, empty or of the wrong shape
  +- CheckpointError  a model folder cannot be read, or what was written does not read back
  +- NumericsError    NaN, infinity or a matrix that is not positive definite
+ +- RankError        another process of the same run has ended
 
 Each message says what is wrong, where, and what to do about it. An error may carry several problems: they are
 listed one a line, so that one run shows every fault.
@@ -23,7 +24,12 @@ class BitpressError(Exception):
 
     Args:
         problems: one message, or a sequence of messages that are reported together.
+
+    Attributes:
+        agreed: every process of the run raises it, so that one of them is enough to say it.
     """
+
+    agreed = False
 
     def __init__(self, problems: str | Sequence[str]) -> None:
         self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
@@ -82,6 +88,10 @@ class Faults:
             kinds = {type(e) for e in self.errors}
             kind = kinds.pop() if len(kinds) == 1 else PlanError
             raise kind([p for e in self.errors for p in e.problems])
+
+
+class RankError(BitpressError):
+    """Another process of the same run has ended or does not answer; the run can be started again and goes on."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -88,6 +88,11 @@ class Folding:
             full[at.rows.to(s.device)] = s
             self.rows[fold.producer] = full
 
+    def take(self, scales: dict[str, Tensor]) -> None:
+        """Other scales in place of those chosen, by producer."""
+        for producer, s in scales.items():
+            self._set(self.folds[producer], s)
+
     def _weight(self, name: str) -> Tensor:
         weight = self.block.get_submodule(name).weight
         assert isinstance(weight, Tensor)

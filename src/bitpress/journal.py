@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 from pathlib import Path
 from typing import Any
 
+from bitpress import ranks
 from bitpress.checkpoint import sync
 from bitpress.errors import CheckpointError, PlanError
 
@@ -86,7 +88,7 @@ class Journal:
         self._rewrite(lines)  # a line cut short by a kill goes
 
     def add(self, entry: dict[str, Any]) -> None:
-        """Record a finished shard; returns when the line is on the disk."""
+        """Record a finished shard; returns when the line is on the disk. Of several processes the first one writes."""
         self.done[entry["shard"]] = entry
         self._append(entry)
 
@@ -101,7 +103,17 @@ class Journal:
         else:
             self.decision = entry["decision"]
 
+    def visible(self) -> None:
+        """Raises PlanError where this process does not see the folder that the first one writes to."""
+        if not self.file.is_file():
+            raise PlanError(
+                f"{self.folder.parent}: is not there on {platform.node()}: all machines of a run must see the output "
+                "folder, so choose one on a file system that they share"
+            )
+
     def _append(self, entry: dict[str, Any]) -> None:
+        if not ranks.first():
+            return
         with self.file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
             stream.flush()

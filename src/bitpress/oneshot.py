@@ -10,8 +10,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from bitpress import ranks
 from bitpress.errors import ConfigError, did_you_mean
-from bitpress.prepare import Prepared, is_path, prepare
+from bitpress.prepare import Prepared, is_path, prepare_together
 from bitpress.progress import Progress, choose_progress
 
 if TYPE_CHECKING:
@@ -153,7 +154,8 @@ def oneshot(
     """Compress a model in one shot.
 
     A folder or hub id with an `output_dir` is streamed block by block in bounded memory and can be killed at any time:
-    the same call goes on where it was. Without `output_dir` it is loaded whole. A module is changed in place.
+    the same call goes on where it was. Without `output_dir` it is loaded whole. A module is changed in place. Several
+    processes that torchrun or accelerate has started share the work.
 
     Args:
         model: folder, hub id, or a causal language model of transformers in memory.
@@ -229,6 +231,7 @@ def oneshot(
         trust_remote_code_model=trust_remote_code_model, trust_remote_code_data=trust_remote_code_data,
         trust_pickle=trust_pickle, progress=choose_progress(progress),
     )  # fmt: skip
+    ranks.join(device)
     return _run(arguments)
 
 
@@ -238,14 +241,20 @@ def _run(args: Arguments) -> Any:
     from bitpress.stages import run_stages
 
     started = time.perf_counter()
-    ready = prepare(args)
+    if not ranks.first():
+        args = replace(args, progress=Progress())
+    ready = prepare_together(args)
     identity = _identity(args, ready)
+    ranks.same([identity, [len(p.sites) for p in ready.plans]], "run to do")
     for note in (*ready.plan.notes, *(ready.data.notes if ready.data else ())):
         args.progress.note(note)
     try:
-        if ready.output is not None and journal.prepare(ready.output, identity, fresh=args.fresh, resume=args.resume):
+        place = ready.output
+        if place is not None and ranks.from_first(
+            lambda: journal.prepare(place, identity, fresh=args.fresh, resume=args.resume)
+        ):
             args.progress.note(f"{ready.output}: complete already, nothing to do")
-            return SavedModel(ready.output) if ready.subject.streamed else _loaded_into(args, ready)
+            return SavedModel(place) if ready.subject.streamed else _loaded_into(args, ready)
         done = run_stages(args, ready, identity, started)
     finally:
         ready.subject.close()

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bitpress import formats
+from bitpress import formats, ranks
 from bitpress.checkpoint import (
     copy_companions,
     read_header,
@@ -92,7 +92,7 @@ class Output:
         changed: Mapping[str, torch.Tensor] | None = None,
         beside: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
-        """Write a shard: the stored tensors of `keys`, the solved ones in their format.
+        """Write a shard: the stored tensors of `keys`, the solved ones in their format. Only the first process does.
 
         Args:
             changed: tensors that take the place of stored ones, by module tensor name.
@@ -101,6 +101,8 @@ class Output:
         Raises:
             CheckpointError: what is read back is not what was solved, of this shard or of the one before.
         """
+        if not ranks.first():
+            return
         by_key = {site.key: (site, z) for site, z in solved}
         others = dict(changed or {})
         others |= subject.stored(k for k in keys if k not in by_key and k not in others)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from bitpress import chain, ranks
+from bitpress import chain
 from bitpress.blocks import Batch, collect
 from bitpress.errors import NumericsError
 from bitpress.formats import grid_of
@@ -54,7 +54,7 @@ def statistics(
                 visit, modules, batches(), budget=run.plan.gram_bytes, needs=frozenset({"gram"}), leave_early=False
             )
             for stats, readers in got.groups:
-                yield [by_module[m] for m in readers], ranks.reduce(stats)
+                yield [by_module[m] for m in readers], stats
             met = {m for _, readers in got.groups for m in readers} | set(got.deferred)
             for site in (by_module[m] for m in waiting if m not in met):
                 if site.expert is None:

@@ -33,7 +33,7 @@ def execute(run: Run) -> None:
     work = None if run.output is None else run.output.work
     states = HiddenStates(plan.hidden_on, run.device, work)
     if plan.full_every:
-        run.full = FullStream(plan.full_every, plan.hidden_on, run.device, work)
+        run.full = FullStream(plan.full_every, plan.hidden_on, run.device, work, first=run.first)
     try:
         if forward:
             subject.load(None, run.device)
@@ -114,7 +114,9 @@ def _tune(run: Run, index: int, tuning: Tuning, states: HiddenStates, results: l
     """Move the solved weights so that the block's output comes nearer to the uncompressed one's."""
     assert run.full is not None
     clock = time.perf_counter()
-    tuned = tuning.run(run.batches, states, run.full, lambda done: run.progress.at(index, "tuning", 0.4 + 0.3 * done))
+    tuned = tuning.run(
+        run.everything, run.parts, states, run.full, lambda done: run.progress.at(index, "tuning", 0.4 + 0.3 * done)
+    )
     run.timed("tune", clock)
     return after(results, tuned)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bitpress import formats
+from bitpress import formats, ranks
 from bitpress.budget import budget, space_fault
 from bitpress.caches import CacheSite, find_caches
 from bitpress.checkpoint import file_size
@@ -232,7 +232,8 @@ def make(
         )
     ignored = _ignored(subject, {s.module for s in (*inherited, *sites) if s.group is not None})
     memory: dict[str, Any] = {}
-    cost = partial(budget, subject, samples=samples, length=length, device=device, max_memory=max_memory,
+    mine = -(-samples // ranks.world_size())
+    cost = partial(budget, subject, samples=mine, length=length, device=device, max_memory=max_memory,
                    batch_size=batch_size, runs=bool(caches), surveys=any(m.surveys for m in modifiers))  # fmt: skip
     try:
         memory = cost(sites)

@@ -51,10 +51,9 @@ class Prepared:
 
 def prepare(args: Arguments) -> Prepared:
     """Read recipe, model and data, and hold them against each other; raises every user error, all together."""
-    from bitpress import plan, ranks
+    from bitpress import plan
     from bitpress.verified import check_blocks
 
-    ranks.check()
     faults = Faults()
     recipe: Recipe | None = None
     device: torch.device | None = None
@@ -116,6 +115,27 @@ def prepare(args: Arguments) -> Prepared:
         notes.append("dataset: not read, nothing in this recipe needs data")
     made = replace(made, notes=tuple(notes))
     return Prepared(recipe, subject, tuple(plans), made, data, device, tokenizer, output)
+
+
+def prepare_together(args: Arguments) -> Prepared:
+    """As `prepare`; of several processes all or none, with the memory of the one that has least.
+
+    Raises:
+        BitpressError: as `prepare`; or the processes have not the same to do.
+    """
+    from bitpress import ranks
+
+    ready = ranks.agreed(lambda: prepare(args))
+    if ranks.world_size() == 1:
+        return ready
+    if ready.data is not None and (count := len(ready.data.sequences)) < ranks.world_size():
+        ready.subject.close()
+        raise PlanError(f"{ranks.world_size()} processes, but {count} calibration sequences: give more, or start fewer")
+    plans = []
+    for made in ready.plans:
+        batch_size, gram_bytes = ranks.least(made.batch_size, made.gram_bytes)
+        plans.append(replace(made, batch_size=batch_size, gram_bytes=gram_bytes))
+    return replace(ready, plans=tuple(plans))
 
 
 def make_plans(
@@ -201,8 +221,17 @@ def pick_device(name: str) -> torch.device:
     """The device of a name; "auto" is the GPU if there is one. ConfigError if it is not there."""
     import torch
 
+    from bitpress import ranks
+
+    several = ranks.world_size() > 1
+    if several and name.startswith("cuda:"):
+        raise ConfigError(
+            f"device: '{name}' cannot be for {ranks.world_size()} processes; use cuda: each takes its own"
+        )
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if several and name == "cuda" and torch.cuda.is_available():
+        name = f"cuda:{ranks.gpu()}"
     try:
         device = torch.device(name)
     except RuntimeError:

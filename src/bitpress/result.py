@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from bitpress import ranks
 from bitpress.errors import CheckpointError, ConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def check_options(options: Mapping[str, Any]) -> bool:
-    """Whether this process saves at all (is_main_process).
+    """Whether this process saves at all: of several the first one, unless is_main_process says no.
 
     Raises:
         ConfigError: an argument that transformers' save_pretrained does not have, or that cannot be followed.
@@ -152,7 +153,7 @@ def check_options(options: Mapping[str, Any]) -> bool:
             faults.append(f"save_pretrained: '{name}' is unknown.{did_you_mean(name, (*own, *ACCEPTED, *REFUSED))}")
     if faults:
         raise ConfigError(faults)
-    return bool(options.get("is_main_process", True))
+    return bool(options.get("is_main_process", True)) and ranks.first()
 
 
 def check_format(name: str | None) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitpress import ranks
 from bitpress.blocks import Batch
 from bitpress.math.grid import Solved
 from bitpress.output import Output
@@ -28,7 +29,7 @@ class Run:
     """The inputs of one pass, and what it gathers.
 
     Attributes:
-        batches: token ids (B, L), in order.
+        everything: token ids (B, L), in order.
         inherited: gives a linear that an earlier stage has quantized, for the shard that it is written to.
         output: where shards go; None for a model in memory that is not saved.
         seed: of what tuning draws at random.
@@ -40,7 +41,7 @@ class Run:
 
     subject: Subject
     plan: Plan
-    batches: list[Tensor]
+    everything: list[Tensor]
     device: torch.device
     output: Output | None
     progress: Progress
@@ -49,6 +50,12 @@ class Run:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        self.parts = [range(0)]  # of each process: numbers of its batches
+        if self.everything:
+            mine = ranks.agreed(lambda: ranks.portion([ids.numel() for ids in self.everything]))
+            self.parts = ranks.gathered(mine)
+        self.first = self.parts[ranks.rank()].start
+        self.batches = [self.everything[i] for i in self.parts[ranks.rank()]]  # that this process runs
         self.full: FullStream | None = None  # of the uncompressed model, where a modifier compares with it
         self.rows: list[dict[str, Any]] = []
         self.solved: list[tuple[Site, Solved]] = []

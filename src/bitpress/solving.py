@@ -17,8 +17,9 @@ from bitpress.budget import SMALL
 from bitpress.errors import NumericsError
 from bitpress.folding import Folding
 from bitpress.math import masks
+from bitpress.math.grid import Solved
 from bitpress.math.products import float32_products
-from bitpress.math.stats import InputStats
+from bitpress.math.stats import InputStats, StatsAccumulator
 from bitpress.modifiers.base import PruningModifier
 from bitpress.plan import experts_in
 from bitpress.report import LayerReport
@@ -26,7 +27,7 @@ from bitpress.run import Result, Run, advance_full, watched, weight_of
 from bitpress.sites import Site, bits_per_weight, label
 from bitpress.states import HiddenStates
 from bitpress.threads import together
-from bitpress.tuning import Held, Tuning
+from bitpress.tuning import Tuning
 
 
 def solve_sites(
@@ -76,7 +77,8 @@ def solve_sites(
         if not gather(by_module, others, decide, phase="smooth"):
             held = None  # memory does not hold them all: they are collected again
         clock = time.perf_counter()
-        folding.settle(_first(run, states))
+        folding.take(ranks.share(folding.scales))  # all have chosen the same, but bits may differ from GPU to GPU
+        ranks.agreed(lambda: folding.settle(_first(run, states)))
         clock = run.timed("smooth", clock)
         if held is None:
             gather(by_module, {}, solve)
@@ -132,9 +134,11 @@ def _gather(
         whole = True
         while waiting:
             clock = time.perf_counter()
-            modules = {m: run.subject.model.get_submodule(m) for m in waiting}
+            now, later = _at_once(run, waiting, sites, needs)
+            modules = {m: run.subject.model.get_submodule(m) for m in now}
             batches = watched(run, states, at, "statistics", 0.0)
-            got = collect(
+            pass_ = partial(
+                collect,
                 visit,
                 modules,
                 batches,
@@ -146,12 +150,13 @@ def _gather(
                 keep=None if policy or run.full is None else run.full.keep,
                 unpaired=frozenset(m for m, s in sites.items() if s.expert is not None),
             )
+            got = ranks.agreed(pass_)
+            groups = ranks.reduce(got.groups, run.device)
             clock = run.timed("statistics", clock)
             met = set(got.deferred)
             inputs: list[Input] = []
-            for own, readers in got.groups:
+            for stats, readers in groups:
                 met.update(readers)
-                stats = ranks.reduce(own)
                 first = sites.get(readers[0])
                 if not policy and first is not None and first.expert is not None and stats.tokens < run.starved_below:
                     starved += readers
@@ -159,12 +164,12 @@ def _gather(
                     inputs.append((stats, readers, policy))
             take(inputs)
             run.timed(phase, clock)
-            for module in (m for m in waiting if m not in met):
+            for module in (m for m in now if m not in met):
                 if module not in sites or sites[module].expert is None or policy:
                     name = sites[module].name if module in sites else module
                     raise NumericsError(f"{name}: never called, so it has no statistics; add it to ignore")
                 starved.append(module)
-            waiting = list(got.deferred)
+            waiting = [*got.deferred, *later]
             whole = whole and not waiting
         return starved, whole
 
@@ -181,6 +186,26 @@ def _gather(
                 module.on_all_tokens = frozenset()
         whole = whole and again
     return whole
+
+
+def _at_once(
+    run: Run, waiting: list[str], sites: dict[str, Site], needs: frozenset[str]
+) -> tuple[list[str], list[str]]:
+    """Linears whose statistics one pass gathers, and the rest. Of several processes each must gather the same, though
+    their tokens go to different experts: so many experts as fit whichever are met."""
+    if ranks.world_size() == 1:
+        return waiting, []
+    now: list[str] = []
+    later: list[str] = []
+    free = run.plan.gram_bytes
+    for module in waiting:
+        site = sites.get(module)
+        if site is None or site.expert is None:
+            now.append(module)
+            continue
+        free -= StatsAccumulator.nbytes(site.columns, needs)
+        (now if free >= 0 or not now else later).append(module)
+    return now, later
 
 
 def _first(run: Run, states: HiddenStates) -> Batch:
@@ -209,14 +234,17 @@ def _alike(sites: Sequence[Site], *, share_input: bool) -> list[list[Site]]:
 
 
 def _solve(run: Run, jobs: Sequence[Job], folding: Folding | None, tuning: Tuning | None) -> dict[str, Result]:
-    """The algebra of all jobs; on a CPU small ones at the same time, as many as it has cores.
+    """The algebra of all jobs, each by one process; on a CPU small ones at the same time, as many as it has cores.
 
     Raises:
         NumericsError: the first of those that fail, in the order of the jobs: what comes later may fail by it.
     """
     sizes = [sum(site.rows * site.columns for site in job.sites) for job in jobs]
+    owners = ranks.owners([_cost(job) for job in jobs])
     order = sorted(range(len(jobs)), key=sizes.__getitem__, reverse=True)
-    tasks = [partial(_try_one, run, jobs[i], folding, tuning) for i in order]
+    order = [i for i in order if owners[i] == ranks.rank()]
+    sizes = [sizes[i] for i in order]
+    tasks = [partial(_try_one, run, jobs[i], folding) for i in order]
     alone = len(tasks) if run.device.type != "cpu" else sum(size > SMALL for size in sizes)
     found = []
     with float32_products():
@@ -225,39 +253,52 @@ def _solve(run: Run, jobs: Sequence[Job], folding: Folding | None, tuning: Tunin
             if run.device.type == "cpu":
                 memory.give_back()
         found += together(tasks[alone:])
-    done = dict(zip(order, found, strict=True))
+    done: dict[int, list[Part] | NumericsError] = {}
+    for number in range(ranks.world_size()):
+        done |= ranks.share(dict(zip(order, found, strict=True)), number)
     results: dict[str, Result] = {}
-    for i in range(len(jobs)):
+    for i, job in enumerate(jobs):
         outcome = done[i]
         if isinstance(outcome, NumericsError):
+            outcome.agreed = ranks.world_size() > 1
             raise outcome
-        solved, held = outcome
-        results |= {site.name: (report, site, z) for report, site, z in solved}
-        if tuning is not None:
-            tuning.held += held
+        results |= {site.name: (report, site, z) for site, (report, z) in zip(job.sites, outcome, strict=True)}
+        if tuning is not None and any(site.tuning is not None for site in job.sites):
+            weights, stats = _of_job(run, job, folding)
+            tuning.held += tuning.held_of(job.sites, weights, [z for _, z in outcome], stats)
     return results
 
 
-def _try_one(
-    run: Run, job: Job, folding: Folding | None, tuning: Tuning | None
-) -> tuple[list[Result], list[Held]] | NumericsError:
+Part = tuple[LayerReport, Solved]  # of a result, without its site
+
+
+def _cost(job: Job) -> float:
+    """What solving takes, about: a factor of the Gram matrix, and the sweep of each linear."""
+    columns = job.sites[0].columns
+    return float(columns**3 + sum(site.rows for site in job.sites) * columns**2)
+
+
+def _try_one(run: Run, job: Job, folding: Folding | None) -> list[Part] | NumericsError:
     try:
-        return _solve_one(run, job, folding, tuning)
+        return _solve_one(run, job, folding)
     except NumericsError as error:
         return error
 
 
-def _solve_one(run: Run, job: Job, folding: Folding | None, tuning: Tuning | None) -> tuple[list[Result], list[Held]]:
-    """The results of a job, and what is to be tuned of it."""
-    clock = time.perf_counter()
-    sites, stats = job.sites, job.stats
+def _of_job(run: Run, job: Job, folding: Folding | None) -> tuple[list[Tensor], InputStats | None]:
+    """The weights of a job, float32, and the statistics of their input, both as folds leave them."""
     if folding is None:
-        weights = [weight_of(run.subject.model, s).float() for s in sites]
-    else:
-        weights = [folding.weight(s.module) for s in sites]
-        stats = None if stats is None else folding.smoothed(stats, sites[0].module)
+        return [weight_of(run.subject.model, s).float() for s in job.sites], job.stats
+    stats = None if job.stats is None else folding.smoothed(job.stats, job.sites[0].module)
+    return [folding.weight(s.module) for s in job.sites], stats
+
+
+def _solve_one(run: Run, job: Job, folding: Folding | None) -> list[Part]:
+    clock = time.perf_counter()
+    sites = job.sites
+    weights, stats = _of_job(run, job, folding)
     try:
-        solved = ranks.broadcast(chain.solve(sites[0].steps, weights, stats, run.subject.dtype))
+        solved = chain.solve(sites[0].steps, weights, stats, run.subject.dtype)
     except NumericsError as error:
         raise NumericsError(f"{sites[0].name}: {error}") from None
     seconds = (time.perf_counter() - clock) / len(sites)
@@ -277,8 +318,8 @@ def _solve_one(run: Run, job: Job, folding: Folding | None, tuning: Tuning | Non
             policy=job.policy,
             seconds=seconds,
         )
-        results.append((report, site, z))
-    return results, [] if tuning is None else tuning.held_of(sites, weights, solved, stats)
+        results.append((report, z))
+    return results
 
 
 def _mask_name(site: Site, before: Tensor, after: Tensor) -> str:

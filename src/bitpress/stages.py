@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from bitpress import decision, formats, journal, pipeline, profiles, size_target, tuning
+from bitpress import decision, formats, journal, pipeline, profiles, ranks, size_target, tuning
 from bitpress.checkpoint import Source
 from bitpress.errors import PlanError
 from bitpress.math.grid import Solved, quantize
@@ -67,8 +67,9 @@ def run_stages(args: Arguments, ready: Prepared, identity: dict[str, Any], start
     places = _places(ready)
     done, first = Done(ready.plan, ready.recipe), 0
     if len(places) > 1 and ready.output is not None:
-        journal.Journal(ready.output / journal.WORK, identity, None)  # claims the folder for this run
-        first = _finished(places, ready, identity)
+        work = ready.output / journal.WORK
+        ranks.from_first(lambda: journal.Journal(work, identity, None))  # claims the folder for this run
+        first = ranks.from_first(lambda: _finished(places, ready, identity))
         if first:
             done = _taken_up(places[first - 1], ready, first)
             args.progress.note(f"stage {ready.recipe.stages[first - 1].name} is finished; going on from there")
@@ -85,7 +86,9 @@ def run_stages(args: Arguments, ready: Prepared, identity: dict[str, Any], start
             )
         _run_stage(args, ready, i, subject, places[i], _identity_of(identity, ready, i), done, started)
         if before is not None and i < len(places) - 1:
-            shutil.rmtree(before)  # what comes next starts from this stage
+            ranks.barrier()
+            if ranks.first():
+                shutil.rmtree(before)  # what comes next starts from this stage
     return done
 
 
@@ -159,7 +162,9 @@ def _run_stage(
     output = None
     numerics = _numerics(ready, plan)
     if place is not None:
-        log = journal.Journal(place / journal.WORK, identity, numerics)
+        work, new = place / journal.WORK, numerics
+        log = ranks.from_first(lambda: journal.Journal(work, identity, new))
+        ranks.agreed(log.visible)
         if log.done:
             args.progress.note(f"{len(log.done)} of {len(plan.shards)} shards are finished; going on from there")
         numerics = _adopt(log.numerics, numerics, place)
@@ -174,9 +179,9 @@ def _run_stage(
             return _stored(subject.source, site)
         return _kept(subject, earlier[site.name], site)
 
-    batches = (
-        list(ready.data.batches(numerics["batch_size"])) if ready.data and (plan.needs_stats or plan.surveys) else []
-    )
+    batches = []
+    if ready.data and (plan.needs_stats or plan.surveys):
+        batches = list(ready.data.batches(numerics["batch_size"]))
     run = Run(
         subject, plan, batches, ready.device, output, args.progress, starved_below=args.min_expert_tokens,
         inherited=inherited, seed=args.seed,
@@ -204,7 +209,9 @@ def _run_stage(
     text = done.recipe if last else replace(ready.recipe, stages=(done.recipe.stages[i],))
     if output is not None:
         tokenizer = None if args.tokenizer is None and subject.folder else ready.tokenizer
-        output.finish(subject, plan, text.to_yaml(), done.report, tokenizer)
+        whole, report = output, done.report
+        ranks.barrier()  # none has anything open in the work folder
+        ranks.from_first(lambda: whole.finish(subject, plan, text.to_yaml(), report, tokenizer))
 
 
 def _survey(args: Arguments, ready: Prepared, i: int, run: Run, done: Done) -> Plan:
@@ -249,8 +256,10 @@ def _numerics(ready: Prepared, plan: Plan) -> dict[str, Any]:
     config = ready.subject.config
     cuda = ready.device.type == "cuda"
     name = torch.cuda.get_device_name(ready.device) if cuda else f"cpu {torch.backends.cpu.get_cpu_capability()}"
+    each = len(ready.data.sequences) // ranks.world_size() if ready.data else plan.batch_size
     return {
-        "batch_size": plan.batch_size,
+        "processes": ranks.world_size(),
+        "batch_size": max(1, min(plan.batch_size, each)) if ranks.world_size() > 1 else plan.batch_size,
         "threads": torch.get_num_threads(),
         "device": name,
         "dtype": str(ready.subject.dtype),
@@ -262,7 +271,8 @@ def _numerics(ready: Prepared, plan: Plan) -> dict[str, Any]:
 
 def _adopt(recorded: dict[str, Any], now: dict[str, Any], output: Path) -> dict[str, Any]:
     """The recorded numerics, where this process can reproduce them."""
-    fixed = ("device", "dtype", "attention", "float32_matmul_precision", "tuned_linears")
+    fixed = ("processes", "device", "dtype", "attention", "float32_matmul_precision", "tuned_linears")
+    recorded = {"processes": 1, **recorded}
     if different := [f"{k} was {recorded[k]}, is {now[k]}" for k in fixed if recorded[k] != now[k]]:
         raise PlanError(f"{output}: cannot go on with the same bits: {'; '.join(different)}. Start anew with --fresh")
     return recorded

@@ -75,15 +75,18 @@ class FullStream:
 
     Args:
         every: which batches: those whose number it divides.
+        first: number of the first batch here, where other processes have those before it.
     """
 
-    def __init__(self, every: int, where: str, device: torch.device, folder: Path | None = None) -> None:
-        self.every = every
+    def __init__(
+        self, every: int, where: str, device: torch.device, folder: Path | None = None, *, first: int = 0
+    ) -> None:
+        self.every, self.first = every, first
         self._now, self._next = HiddenStates(where, device, folder), HiddenStates(where, device, folder)
 
     def has(self, batch: int) -> bool:
         """Whether a batch is in it."""
-        return batch % self.every == 0
+        return (self.first + batch) % self.every == 0
 
     def __getitem__(self, batch: int) -> Tensor | None:
         """The states of a batch before the block at work; None before the first block."""

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitpress import memory
+from bitpress import memory, ranks
 from bitpress.blocks import Batch
 from bitpress.budget import available
 from bitpress.errors import NumericsError
@@ -163,7 +163,7 @@ class _Survey:
         self.target, self.profiles = run.plan.target, run.plan.profiles
         self.groups = () if self.target is None else self.target.groups
         self.found = Measured()
-        self.data = Data.of(run.batches)
+        self.data = Data.of(run.everything)  # every process surveys all of it
         self.whole, self.probe = self.data.whole, self.data.probe if self.groups else []
         self.probes: dict[int | None, list[tuple[FusionGroup, str]]] = {}
         for group in self.groups:
@@ -338,6 +338,7 @@ class _Survey:
             self.run.progress.note(f"survey: {first} of {len(self.run.subject.blocks)} blocks are done; going on there")
             for file in self._folder(first - 1).glob("*.pt"):
                 self.now[int(file.stem)] = torch.load(file, weights_only=True, map_location=self.run.device)
+        ranks.barrier()  # the first one will delete these files
         return first
 
     def _folder(self, index: int) -> Path:
@@ -351,6 +352,8 @@ class _Survey:
         total = len(self.run.subject.blocks)
         mine = sorted(s.name for s in self._mine(index if index < total else None))
         entry: dict[str, Any] = {"survey": index, "errors": {n: self.found.errors[n] for n in mine}}
+        if not ranks.first():
+            return
         if index < total:
             partial_folder = self._folder(index).with_suffix(".partial")
             shutil.rmtree(partial_folder, ignore_errors=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitpress import formats
+from bitpress import formats, ranks
 from bitpress.chain import check_zeros
 from bitpress.errors import NumericsError
 from bitpress.math.grid import Solved, relative_error, settle
@@ -69,6 +69,7 @@ class Tuning:
     def run(
         self,
         batches: Sequence[Tensor],
+        parts: Sequence[range],
         states: HiddenStates,
         full: FullStream,
         said: Callable[[float], None],
@@ -76,8 +77,10 @@ class Tuning:
         """Tune them together.
 
         Args:
-            batches: token ids (B, L).
-            states: what goes into the block.
+            batches: token ids (B, L), of all processes.
+            parts: of each process, the numbers of its batches. Every process takes every step, and is given the
+                hidden states that it does not have.
+            states: what goes into the block, of this process's batches.
             full: what should come out of it.
             said: is told how far it is, from 0 to 1.
 
@@ -95,12 +98,20 @@ class Tuning:
         def output(weights: Mapping[str, Tensor], picked: Sequence[int]) -> Tensor:
             chosen = [places[p] for p in picked]
             ids = torch.cat([batches[i][row : row + 1] for i, row in chosen]).to(states.device)
-            parts = [states.sequence(i, row) for i, row in chosen]
-            hidden = [part for part in parts if part is not None]  # none of them before the first block
+            found = [given(p, states.sequence) for p in picked]
+            hidden = [part for part in found if part is not None]  # none of them before the first block
             return self.subject.blocks.run_with(self.index, (ids, torch.cat(hidden) if hidden else None), weights)
 
+        def given(p: int, of: Callable[[int, int], Tensor | None]) -> Tensor | None:
+            """A sequence's states, from the process that has them."""
+            i, row = places[p]
+            owner = ranks.holder(parts, i)
+            mine = owner == ranks.rank()
+            return ranks.share(of(i - parts[owner].start, row) if mine else None, owner)
+
         def target(picked: Sequence[int]) -> Tensor:
-            return torch.cat([full.sequence_after(*places[p]) for p in picked])
+            found = [given(p, full.sequence_after) for p in picked]
+            return torch.cat([part for part in found if part is not None])
 
         modifier = self.held[0].site.tuning
         assert modifier is not None
@@ -109,6 +120,7 @@ class Tuning:
         if not found.before < float("inf"):
             raise NumericsError(f"{self.held[0].site.name}: NaN or infinity in the block's output while tuning")
         says = {"before": _digits(found.before), "after": _digits(found.after), "steps": found.step}
+        found = ranks.share(found)  # all have taken the same steps, but bits may differ from GPU to GPU
         results = {}
         for h in self.held:
             z, grid = found.solved[h.site.key], starts[h.site.key].grid

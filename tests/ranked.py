@@ -1,0 +1,88 @@
+"""Cases that several processes run together; `tests/e2e/test_ranks.py` starts them, and compares with one process.
+
+RANK=0 WORLD_SIZE=2 MASTER_ADDR=... MASTER_PORT=... python tests/ranked.py FOLDER CASE...
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitpress import BitpressError, oneshot, ranks
+from conftest import build, token_rows
+
+OPTIONS: dict[str, Any] = {"max_seq_length": 32, "num_calibration_samples": 12}
+GPTQ = {"scheme": "W4A16", "group_size": 16, "ignore": ["lm_head", "re:.*gate$"]}
+KV = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
+# name -> (model, recipe, other arguments)
+CASES: dict[str, tuple[str, Any, dict[str, Any]]] = {
+    "gptq": ("llama", {"GPTQModifier": GPTQ}, {}),
+    "drift": ("llama", {"GPTQModifier": {**GPTQ, "correct": 0.4, "dampening_frac": 0.05}}, {"batch_size": 1}),
+    "smooth": ("llama", {"SmoothQuantModifier": {"smoothing_strength": 0.8},
+                         "GPTQModifier": {"scheme": "W8A8", "ignore": ["lm_head"]}}, {}),
+    "awq": ("llama", {"AWQModifier": {}, "GPTQModifier": GPTQ}, {}),
+    "caches": ("llama", {"QuantizationModifier": {**GPTQ, "scheme": "W8A16",
+"kv_cache_scheme": KV}}, {}),
+    "experts": ("mixtral", {"GPTQModifier": GPTQ}, {"min_expert_tokens": 90}),
+    "tight": ("mixtral", {"GPTQModifier": GPTQ}, {"min_expert_tokens": 0}),
+    "tune": ("llama", {"GPTQModifier": GPTQ, "TuneModifier": {"iters": 10, "batch_size": 2}}, {}),
+    "size": ("llama", {"GPTQModifier": {"bits": 4.5, "ignore": ["lm_head"]}}, {}),
+    "owl": ("llama", {"SparseGPTModifier": {"sparsity": 0.5, "sparsity_profile": "owl", "ignore": ["lm_head"]}}, {}),
+    "stages": ("llama", {
+        "sparsity_stage": {"sparsity_modifiers": {
+            "SparseGPTModifier": {"sparsity": 0.5, "mask_structure": "2:4", "ignore": ["lm_head"]}}},
+        "quantization_stage": {"quantization_modifiers": {"GPTQModifier": GPTQ}},
+    }, {}),
+}  # fmt: skip
+
+
+def run(case: str, folder: Path) -> None:
+    """One case, from the model's folder to its own."""
+    family, recipe, options = CASES[case]
+    if case == "tight":  # room for the Gram matrices of a few experts only
+        from bitpress import budget, plan
+
+        real = budget.budget
+        plan.budget = lambda *a, **k: {**real(*a, **k), "gram_bytes": 3 * 4 * 64 * 64}  # type: ignore[assignment]
+    oneshot(folder / family, token_rows(), recipe, output_dir=folder / case, **{**OPTIONS, **options})
+
+
+def in_memory(folder: Path) -> None:
+    """A module in every process; all end with the same weights."""
+    model = build("llama", torch.bfloat16)
+    oneshot(model, token_rows(), CASES["gptq"][1], **OPTIONS)
+    sums = ranks.gathered([float(p.detach().double().sum()) for p in model.parameters()])
+    assert sums[0] == sums[1]
+    model.save_pretrained(folder / "memory")
+    ranks.barrier()
+
+
+def failing(folder: Path) -> list[str]:
+    """What is said of faults: of both processes, and of one."""
+    said = []
+    for rows, recipe in (
+        (token_rows(1), CASES["gptq"][1]),
+        (token_rows(), {"GPTQModifier": {**GPTQ, "group_size": 7}}),
+        (token_rows(12 + int(ranks.os.environ["RANK"])), CASES["gptq"][1]),
+    ):
+        try:
+            oneshot(folder / "llama", rows, recipe, output_dir=folder / "failing", **OPTIONS)
+        except BitpressError as error:
+            said.append(f"{type(error).__name__}: {error} ({error.agreed})")
+    return said
+
+
+if __name__ == "__main__":
+    place, *cases = sys.argv[1:]
+    torch.manual_seed(int(ranks.os.environ.get("RANK", 0)))  # processes do not share it
+    for name in cases:
+        if name == "memory":
+            in_memory(Path(place))
+        elif name == "failing":
+            Path(place, f"said-{ranks.os.environ['RANK']}.json").write_text(json.dumps(failing(Path(place))))
+        else:
+            run(name, Path(place))
