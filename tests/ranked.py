@@ -6,13 +6,17 @@ RANK=0 WORLD_SIZE=2 MASTER_ADDR=... MASTER_PORT=... python tests/ranked.py FOLDE
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
-from bitpress import BitpressError, oneshot, ranks
+from bitpress import BitpressError, budget, cli, oneshot, pipeline, plan, ranks
+from bitpress.blocks import Blocks
 from conftest import build, token_rows
 
 OPTIONS: dict[str, Any] = {"max_seq_length": 32, "num_calibration_samples": 12}
@@ -40,15 +44,39 @@ CASES: dict[str, tuple[str, Any, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def run(case: str, folder: Path) -> None:
+def run(case: str, folder: Path, patch: Any) -> None:
     """One case, from the model's folder to its own."""
     family, recipe, options = CASES[case]
     if case == "tight":  # room for the Gram matrices of a few experts only
-        from bitpress import budget, plan
-
-        real = budget.budget
-        plan.budget = lambda *a, **k: {**real(*a, **k), "gram_bytes": 3 * 4 * 64 * 64}  # type: ignore[assignment]
+        patch.setattr(plan, "budget", lambda *a, **k: {**budget.budget(*a, **k), "gram_bytes": 3 * 4 * 64 * 64})
     oneshot(folder / family, token_rows(), recipe, output_dir=folder / case, **{**OPTIONS, **options})
+
+
+def counted(patch: Any) -> list[int]:
+    """Grows by the sequences that this process sends through the first block."""
+    seen, real = [0], Blocks.visit
+
+    def visit(self: Any, index: int, batch: Any, weights: Any = None) -> Any:
+        seen[0] += len(batch[0]) if index == 0 else 0
+        return real(self, index, batch, weights)
+
+    patch.setattr(Blocks, "visit", visit)
+    return seen
+
+
+def dying(words: list[str]) -> None:
+    """A command whose second process is killed in the second block."""
+    real = pipeline._store
+
+    def store(run: Any, shard: int, *args: Any) -> None:
+        if shard == 1 and ranks.rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(run, shard, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "_store", store)
+        patch.setattr(sys, "argv", ["bitpress", *words])
+        cli.main()
 
 
 def in_memory(folder: Path) -> None:
@@ -67,7 +95,7 @@ def failing(folder: Path) -> list[str]:
     for rows, recipe in (
         (token_rows(1), CASES["gptq"][1]),
         (token_rows(), {"GPTQModifier": {**GPTQ, "group_size": 7}}),
-        (token_rows(12 + int(ranks.os.environ["RANK"])), CASES["gptq"][1]),
+        (token_rows(12 + int(os.environ["RANK"])), CASES["gptq"][1]),
     ):
         try:
             oneshot(folder / "llama", rows, recipe, output_dir=folder / "failing", **OPTIONS)
@@ -78,11 +106,20 @@ def failing(folder: Path) -> list[str]:
 
 if __name__ == "__main__":
     place, *cases = sys.argv[1:]
-    torch.manual_seed(int(ranks.os.environ.get("RANK", 0)))  # processes do not share it
+    number = os.environ["RANK"]
+    torch.manual_seed(int(number))  # processes do not share it
+    if cases[0] == "dying":
+        dying(cases[1:])
+    told: dict[str, Any] = {}
+    sequences = counted(pytest.MonkeyPatch())
     for name in cases:
+        before = sequences[0]
         if name == "memory":
             in_memory(Path(place))
         elif name == "failing":
-            Path(place, f"said-{ranks.os.environ['RANK']}.json").write_text(json.dumps(failing(Path(place))))
+            told["said"] = failing(Path(place))
         else:
-            run(name, Path(place))
+            with pytest.MonkeyPatch.context() as patch:
+                run(name, Path(place), patch)
+            told[name] = sequences[0] - before
+    Path(place, f"told-{number}.json").write_text(json.dumps(told))

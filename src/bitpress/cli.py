@@ -1,13 +1,9 @@
-"""The command line. Only this, `options` and `commands` print, and only they exit.
-
-Exit codes: 0 done; 1 a fault of input or data, told in one message; 2 wrong usage; 130 interrupted.
-"""
+"""The commands. Only this, `options`, `commands` and `entry`, which calls it, print, and only they exit."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable
 from inspect import Parameter, Signature, signature
 from pathlib import Path
@@ -17,7 +13,8 @@ import typer
 
 from bitpress import __version__
 from bitpress.commands.compare import compare
-from bitpress.errors import BitpressError, ConfigError
+from bitpress.entry import main as main
+from bitpress.errors import ConfigError
 from bitpress.options import (
     BatchSize,
     Bits,
@@ -77,7 +74,11 @@ def common(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Version.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Compress language models for vLLM and transformers."""
+    """Compress language models for vLLM and transformers.
+
+    Exit codes: 0 done; 1 a fault of input, data or the machine; 2 wrong usage; 3 a fault that was not foreseen; 130
+    interrupted; 143 terminated. The same command goes on where an unfinished run was. NO_COLOR=1 turns colours off.
+    """
 
 
 def run_arguments(
@@ -310,20 +311,3 @@ def _summary(folder: Path, verbose: bool) -> None:
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     out.print(tables.report_table(report, None if verbose else 0))
     out.print(f"checkpoint: {folder.resolve()}", highlight=False)
-
-
-def main() -> None:
-    """The console script: user errors are one message, without a traceback."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    try:
-        app()
-    except BitpressError as error:
-        if "--debug" in sys.argv:
-            raise
-        err.print(f"{type(error).__name__}: {error}", markup=False, highlight=False)
-        sys.exit(1)
-    except SystemExit as ended:  # what typer makes of an interrupt
-        if ended.code == 130:
-            err.print("interrupted; the same command goes on where it was")
-        raise

@@ -16,7 +16,8 @@ err = Console(stderr=True, soft_wrap=True)
 
 def print_json(value: Any) -> None:
     """To stdout, for programs."""
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    if not out.quiet:
+        typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 class EffortOption(StrEnum):

@@ -125,12 +125,16 @@ def prepare_together(args: Arguments) -> Prepared:
     """
     from bitpress import ranks
 
-    ready = ranks.agreed(lambda: prepare(args))
+    def checked() -> Prepared:
+        ready, world = prepare(args), ranks.world_size()
+        if ready.data is not None and (count := len(ready.data.sequences)) < world:
+            ready.subject.close()
+            raise PlanError(f"{world} processes, but {count} calibration sequences: give more, or start fewer")
+        return ready
+
+    ready = ranks.agreed(checked)
     if ranks.world_size() == 1:
         return ready
-    if ready.data is not None and (count := len(ready.data.sequences)) < ranks.world_size():
-        ready.subject.close()
-        raise PlanError(f"{ranks.world_size()} processes, but {count} calibration sequences: give more, or start fewer")
     plans = []
     for made in ready.plans:
         batch_size, gram_bytes = ranks.least(made.batch_size, made.gram_bytes)

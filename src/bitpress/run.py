@@ -52,8 +52,7 @@ class Run:
     def __post_init__(self) -> None:
         self.parts = [range(0)]  # of each process: numbers of its batches
         if self.everything:
-            mine = ranks.agreed(lambda: ranks.portion([ids.numel() for ids in self.everything]))
-            self.parts = ranks.gathered(mine)
+            self.parts = ranks.gathered(ranks.portion([ids.numel() for ids in self.everything]))
         self.first = self.parts[ranks.rank()].start
         self.batches = [self.everything[i] for i in self.parts[ranks.rank()]]  # that this process runs
         self.full: FullStream | None = None  # of the uncompressed model, where a modifier compares with it

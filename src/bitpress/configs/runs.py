@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from bitpress import ranks
 from bitpress.configs import dotted, wizard
 from bitpress.configs.check import Checker, hints
 from bitpress.configs.document import Document, read
@@ -88,19 +89,28 @@ def run(
     from bitpress.oneshot import oneshot
     from bitpress.progress import choose_progress
 
-    found = load(Path(config), overrides, resume=resume, fresh=fresh)
-    shown = choose_progress(progress)
+    ranks.join(_device(Path(config), overrides))
+    found = ranks.agreed(lambda: load(Path(config), overrides, resume=resume, fresh=fresh))
+    shown = choose_progress(progress) if ranks.first() else Progress()
     for note in found.notes:
         shown.note(note)
     try:
         made = oneshot(**found.arguments, progress=shown)
     except BitpressError as error:
         raise located(found.document, error) from error.__cause__
-    if found.generation:
+    if found.generation and ranks.first():
         file = found.folder / "generation_config.json"
         held = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         write_json(file, {**held, **found.generation})
     return made
+
+
+def _device(path: Path, overrides: Sequence[str]) -> str:
+    """The device of a configuration, of which nothing else is known yet."""
+    try:
+        return str(read(path, overrides).data.get("device", "auto"))
+    except ConfigError:  # is told when it is read
+        return "auto"
 
 
 def load(path: Path, overrides: Sequence[str] = (), **more: Any) -> Configured:
@@ -290,7 +300,9 @@ def _others(checker: Checker, arguments: dict[str, Any]) -> list[str]:
 
 def located(document: Document, error: BitpressError) -> BitpressError:
     """The error with the line and key of each problem that begins with a key or with what a key says."""
-    return type(error)([_located(document, problem) for problem in error.problems])
+    told = type(error)([_located(document, problem) for problem in error.problems])
+    told.agreed = error.agreed
+    return told
 
 
 def _located(document: Document, problem: str) -> str:
