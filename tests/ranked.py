@@ -1,4 +1,4 @@
-"""Cases that several processes run together; `tests/e2e/test_ranks.py` starts them, and compares with one process.
+"""Cases that several processes run together; `tests/e2e/test_processes.py` starts them, and compares with one process.
 
 RANK=0 WORLD_SIZE=2 MASTER_ADDR=... MASTER_PORT=... python tests/ranked.py FOLDER CASE...
 """

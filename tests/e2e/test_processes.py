@@ -64,7 +64,7 @@ def told(both):
 
 @pytest.mark.parametrize("case", ranked.CASES)
 def test_two_processes_make_what_one_makes(case, both, told, tmp_path, monkeypatch):
-    """Within the tolerance that docs/several.md states."""
+    """Within the tolerance that docs/several-gpus.md states."""
     for family in ("llama", "mixtral"):
         (tmp_path / family).symlink_to(both / family)
     sequences = ranked.counted(monkeypatch)
