@@ -13,6 +13,7 @@ import typer
 
 from bitpress import __version__
 from bitpress.commands.compare import compare
+from bitpress.commands.env import env
 from bitpress.entry import main as main
 from bitpress.errors import ConfigError
 from bitpress.options import (
@@ -227,6 +228,7 @@ def evaluate(
 
 
 app.command()(compare)
+app.command()(env)
 
 
 @app.command()

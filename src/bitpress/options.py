@@ -20,6 +20,13 @@ def print_json(value: Any) -> None:
         typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
+def complete_scheme(begun: str) -> list[str]:
+    """For the shell: schemes that begin so."""
+    from bitpress.schemes import PRESETS
+
+    return [name for name in PRESETS if name.startswith(begun)]
+
+
 class EffortOption(StrEnum):
     """Choices of --effort; see `bitpress.effort`."""
 
@@ -40,7 +47,10 @@ class Device(StrEnum):
 
 
 Model = Annotated[str, typer.Argument(help="Model folder or hub id.", show_default=False)]
-Scheme = Annotated[str | None, typer.Option(help="Preset such as W4A16, W8A16, W4A16_ASYM, W8A8.")]
+Scheme = Annotated[
+    str | None,
+    typer.Option(help="Preset such as W4A16, W8A16, W4A16_ASYM, W8A8.", autocompletion=complete_scheme),
+]
 Bits = Annotated[
     float | None,
     typer.Option(help="Size target: stored bits per weight on average, such as 4.25; chooses each linear's scheme."),
