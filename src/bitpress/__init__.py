@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bitpress.apply import apply, compress
     from bitpress.compare import compare
     from bitpress.errors import (
         BitpressError,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from bitpress.inspection import inspect_checkpoint
     from bitpress.oneshot import oneshot
     from bitpress.recipe import Recipe
+    from bitpress.train import train
 
 __version__ = "0.1.0"
 
@@ -37,10 +39,13 @@ _PUBLIC = {
     "RankError": "errors",
     "Recipe": "recipe",
     "RecipeError": "errors",
+    "apply": "apply",
     "compare": "compare",
+    "compress": "apply",
     "evaluate": "evaluate",
     "inspect_checkpoint": "inspection",
     "oneshot": "oneshot",
+    "train": "train",
 }
 
 __all__ = [
@@ -53,10 +58,13 @@ __all__ = [
     "RankError",
     "Recipe",
     "RecipeError",
+    "apply",
     "compare",
+    "compress",
     "evaluate",
     "inspect_checkpoint",
     "oneshot",
+    "train",
 ]
 
 

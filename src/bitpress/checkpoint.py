@@ -35,6 +35,8 @@ NOT_COMPANIONS = (
     "report.json",
     "trainer_state.json",
     "training_args.bin",
+    "train_results.json",
+    "eval_results.json",
 )
 
 
@@ -237,3 +239,25 @@ def copy_companions(source: Path, target: Path) -> None:
         for file in sorted(source.glob(pattern)):
             if file.is_file() and file.name not in NOT_COMPANIONS:
                 shutil.copyfile(file, target / file.name)
+
+
+def link_checkpoint(source: Path, target: Path, report: Mapping[str, Any]) -> None:
+    """Make a finished checkpoint that of another folder too, by hard links where the disk can, config.json last.
+
+    Args:
+        report: the target's report.json.
+    """
+    files = [f for f in sorted(source.iterdir()) if f.is_file() and f.name not in ("config.json", "report.json")]
+    for file in [*files, source / "config.json"]:
+        if file.name == "config.json":
+            write_json(target / "report.json", report)
+        partial = target / (file.name + ".partial")
+        partial.unlink(missing_ok=True)
+        try:
+            os.link(file, partial)
+        except OSError:
+            shutil.copyfile(file, partial)
+            sync(partial)
+        os.replace(partial, target / file.name)
+        partial.unlink(missing_ok=True)  # to rename a link over another one of the same file does nothing
+    sync(target)

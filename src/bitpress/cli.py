@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable
-from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,42 +11,23 @@ import typer
 from bitpress import __version__
 from bitpress.commands.compare import compare
 from bitpress.commands.env import env
+from bitpress.commands.running import summary, trains, with_run_arguments, written_recipe
+from bitpress.commands.staged import apply, train
 from bitpress.entry import main as main
-from bitpress.errors import ConfigError
 from bitpress.options import (
-    BatchSize,
-    Bits,
-    Dataset,
-    DatasetConfig,
-    Dense,
     Device,
     DeviceOption,
-    EffortChoice,
-    EffortOption,
     Fresh,
-    GroupSize,
-    Ignore,
     Json,
-    MaxMemory,
     MaxSeqLength,
     Method,
-    MethodOption,
-    Model,
     NumSamples,
     OutputDir,
-    Pack,
     Quiet,
-    RecipeFile,
     Resume,
-    Scheme,
-    Seed,
-    Split,
-    StageName,
-    TextColumn,
     Trust,
     TrustPickle,
     Verbose,
-    Verify,
     err,
     out,
     print_json,
@@ -82,65 +60,8 @@ def common(
     """
 
 
-def run_arguments(
-    model: Model,
-    scheme: Scheme = None,
-    bits: Bits = None,
-    group_size: GroupSize = None,
-    method: MethodOption = None,
-    effort: EffortChoice = None,
-    ignore: Ignore = None,
-    recipe: RecipeFile = None,
-    stage: StageName = None,
-    dataset: Dataset = None,
-    dataset_config: DatasetConfig = None,
-    split: Split = None,
-    text_column: TextColumn = "text",
-    num_samples: NumSamples = 512,
-    max_seq_length: MaxSeqLength = 2048,
-    pack: Pack = True,
-    device: DeviceOption = Device.auto,
-    max_memory: MaxMemory = None,
-    batch_size: BatchSize = None,
-    seed: Seed = 42,
-    verify: Verify = True,
-    resume: Resume = False,
-    fresh: Fresh = False,
-    dense: Dense = False,
-    trust_remote_code: Trust = False,
-    trust_pickle: TrustPickle = False,
-) -> dict[str, Any]:
-    """The options of a run, for every command that has them, as arguments of `bitpress.oneshot`."""
-    return {
-        "model": model, "dataset": dataset, "recipe": _recipe(scheme, bits, group_size, method, effort, ignore, recipe),
-        "bits": bits, "splits": split, "dataset_config_name": dataset_config, "text_column": text_column,
-        "num_calibration_samples": num_samples, "max_seq_length": max_seq_length, "concatenate_data": pack,
-        "stage": stage, "save_compressed": not dense, "device": device.value, "max_memory": max_memory,
-        "batch_size": batch_size, "seed": seed, "verify": verify, "resume": resume, "fresh": fresh,
-        "trust_remote_code_model": trust_remote_code, "trust_remote_code_data": trust_remote_code,
-        "trust_pickle": trust_pickle,
-    }  # fmt: skip
-
-
-def _with_run_arguments(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with the options of `run_arguments` besides its own; it gets what they mean as `arguments`."""
-    own = {n: p for n, p in signature(command, eval_str=True).parameters.items() if n != "arguments"}
-    shared = signature(run_arguments, eval_str=True).parameters
-
-    def whole(**given: Any) -> None:
-        mine = {name: given.pop(name) for name in own}
-        command(arguments=run_arguments(**given), **mine)
-
-    parameters = {**shared, **own}
-    whole.__name__, whole.__doc__ = command.__name__, command.__doc__
-    whole.__annotations__ = {name: p.annotation for name, p in parameters.items()}
-    ordered = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in parameters.values()]
-    whole.__signature__ = Signature(ordered)  # type: ignore[attr-defined]
-    return whole
-
-
 @app.command()
-@_with_run_arguments
+@with_run_arguments
 def oneshot(
     arguments: dict[str, Any],
     output: OutputDir,
@@ -152,7 +73,7 @@ def oneshot(
 
     result = run(**arguments, output_dir=output, progress=choose_progress(not quiet, verbose=verbose))
     if not quiet:
-        _summary(result.folder, verbose)
+        summary(result.folder, verbose)
 
 
 @app.command()
@@ -172,11 +93,11 @@ def run(
     shown = choose_progress(not quiet, verbose=verbose)
     result = configured(config, sets or (), resume=resume, fresh=fresh, progress=shown)
     if not quiet:
-        _summary(result.folder, verbose)
+        summary(result.folder, verbose)
 
 
 @app.command()
-@_with_run_arguments
+@with_run_arguments
 def plan(
     arguments: dict[str, Any],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Where it would go (checks the disk).")] = None,
@@ -184,12 +105,15 @@ def plan(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Say what `oneshot` with these arguments would do, and every fault, without loading weights."""
+    """Say what `oneshot`, or `apply` if a stage trains, would do, and every fault, without loading weights."""
     from bitpress import tables
     from bitpress.oneshot import Arguments
     from bitpress.prepare import prepare
 
-    ready = prepare(Arguments(**arguments, output_dir=output or Path(f"bitpress-plan-{os.getpid()}")))
+    place = output or Path(f"bitpress-plan-{os.getpid()}")
+    ready = prepare(
+        Arguments(**arguments, output_dir=place, verb="apply" if trains(arguments["recipe"]) else "oneshot")
+    )
     if as_json:
         print_json({**ready.plan.to_dict(), "data": ready.data.summary if ready.data else None})
     elif not quiet:
@@ -229,6 +153,8 @@ def evaluate(
 
 app.command()(compare)
 app.command()(env)
+app.command()(train)
+app.command()(apply)
 
 
 @app.command()
@@ -263,7 +189,7 @@ def demo(
 
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     base, target = obtain(output / "SmolLM2-135M-Instruct"), output / "SmolLM2-135M-Instruct-W4A16-G64"
-    recipe = _recipe("W4A16", None, 64, Method.gptq, None, None, None)
+    recipe = written_recipe("W4A16", None, 64, Method.gptq, None, None, None)
     compress(
         base, None, recipe, output_dir=target, num_calibration_samples=num_samples, max_seq_length=max_seq_length,
         progress=True, fresh=True,
@@ -278,38 +204,5 @@ def demo(
     out.print(f"\ncheckpoint: {target.resolve()}", highlight=False)
 
 
-def _recipe(
-    scheme: str | None,
-    bits: float | None,
-    group_size: int | None,
-    method: Method | None,
-    effort: EffortOption | None,
-    ignore: list[str] | None,
-    recipe: str | None,
-) -> Any:
-    """The recipe that the options describe, or what is wrong with them, to be told with all other faults."""
-    from bitpress.effort import asked_for
-
-    try:
-        found = asked_for(
-            scheme=scheme, bits=bits, group_size=group_size, method=method and method.value,
-            effort=effort and effort.value, ignore=ignore, written=recipe,
-            spelled=lambda n: "--" + n.replace("_", "-"),
-        )  # fmt: skip
-    except ConfigError as error:
-        return error
-    if recipe is not None and not Path(recipe).is_file():
-        return ConfigError(f"--recipe: {recipe}: no such file")
-    return found if recipe is None else Path(recipe)
-
-
 def _window(number: int, total: int) -> None:
     err.print(f"window {number + 1} of {total}", highlight=False)
-
-
-def _summary(folder: Path, verbose: bool) -> None:
-    from bitpress import tables
-
-    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    out.print(tables.report_table(report, None if verbose else 0))
-    out.print(f"checkpoint: {folder.resolve()}", highlight=False)

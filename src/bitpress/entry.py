@@ -23,7 +23,7 @@ from types import FrameType
 from bitpress.errors import BitpressError
 
 FAULT, UNFORESEEN, INTERRUPTED, TERMINATED = 1, 3, 130, 143
-SEVERAL = ("oneshot", "plan", "run")  # commands whose processes share the work
+SEVERAL = ("apply", "oneshot", "plan", "run", "train")  # commands whose processes share the work
 AGAIN = "the same command goes on where it was"
 
 

@@ -27,6 +27,8 @@ OF_THE_MODEL = (
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
 )  # fmt: skip
 
+OF_TRAINING = ("trainer_state.json", "train_results.json", "eval_results.json")
+
 
 class Journal:
     """The record of one run in its work folder.
@@ -185,6 +187,14 @@ def finished(output: Path, run: dict[str, Any]) -> bool:
     return (output / "config.json").is_file() and _run_of(output / "report.json") == json.loads(json.dumps(run))
 
 
+def same(output: Path, run: dict[str, Any]) -> bool:
+    """Whether a folder holds this very run, finished or not, or nothing."""
+    held = _run_of(output / "report.json")
+    lines = _whole_lines(output / WORK / JOURNAL)
+    held = lines[0]["run"] if held is None and lines else held
+    return held is None or not _differences(held, json.loads(json.dumps(run)))
+
+
 def check(output: Path) -> None:
     """Refuse a place that is not free for a run.
 
@@ -216,8 +226,11 @@ def _clear(output: Path) -> None:
     """
     from bitpress.checkpoint import INDEX
 
-    for name in ("config.json", INDEX, "recipe.yaml", *OF_THE_MODEL):
+    for name in ("config.json", INDEX, "recipe.yaml", *OF_THE_MODEL, *OF_TRAINING):
         (output / name).unlink(missing_ok=True)
+    for folder in output.glob("checkpoint-*"):
+        if folder.is_dir():
+            shutil.rmtree(folder)
     for shard in output.glob("model-*-of-*.safetensors"):
         shard.unlink()
     shutil.rmtree(output / WORK, ignore_errors=True)

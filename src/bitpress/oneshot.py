@@ -14,6 +14,7 @@ from bitpress import ranks
 from bitpress.errors import ConfigError, did_you_mean
 from bitpress.prepare import Prepared, is_path, prepare_together
 from bitpress.progress import Progress, choose_progress
+from bitpress.training.arguments import Training
 
 if TYPE_CHECKING:
     from torch import nn
@@ -64,6 +65,8 @@ class Arguments:
     trust_remote_code_data: bool = False
     trust_pickle: bool = False
     progress: Progress = field(default_factory=Progress)
+    verb: Literal["oneshot", "train", "apply"] = "oneshot"
+    training: Training = field(default_factory=Training)
 
     @property
     def limit(self) -> int | None:
@@ -97,7 +100,7 @@ class Arguments:
                     faults.append(f"{name}: the model is in memory; load it with that {name}")
         if self.resume and self.fresh:
             faults.append("resume, fresh: give one of the two")
-        if self.stage is not None and self.output_dir is None and is_path(self.model):
+        if self.output_dir is None and (self.verb == "apply" or (self.stage is not None and is_path(self.model))):
             faults.append("output_dir: missing; a stage is saved as <output_dir>/<stage>")
         if faults:
             raise ConfigError(faults)
@@ -231,16 +234,17 @@ def oneshot(
         trust_remote_code_model=trust_remote_code_model, trust_remote_code_data=trust_remote_code_data,
         trust_pickle=trust_pickle, progress=choose_progress(progress),
     )  # fmt: skip
-    ranks.join(device)
-    return _run(arguments)
+    return run(arguments)
 
 
-def _run(args: Arguments) -> Any:
+def run(args: Arguments) -> Any:
+    """What `oneshot`, `train` and `apply` do."""
     from bitpress import journal
     from bitpress.result import SavedModel, attach
     from bitpress.stages import run_stages
 
     started = time.perf_counter()
+    ranks.join(args.device)
     if not ranks.first():
         args = replace(args, progress=Progress())
     ready = prepare_together(args)
@@ -248,19 +252,25 @@ def _run(args: Arguments) -> Any:
     ranks.same([identity, [len(p.sites) for p in ready.plans]], "run to do")
     for note in (*ready.plan.notes, *(ready.data.notes if ready.data else ())):
         args.progress.note(note)
+    place = ready.output
+    if place is not None and args.training.overwrite and ranks.from_first(lambda: not journal.same(place, identity)):
+        args = replace(args, fresh=True)
     try:
-        place = ready.output
         if place is not None and ranks.from_first(
             lambda: journal.prepare(place, identity, fresh=args.fresh, resume=args.resume)
         ):
-            args.progress.note(f"{ready.output}: complete already, nothing to do")
+            args.progress.note(f"{place}: complete already, nothing to do")
             return SavedModel(place) if ready.subject.streamed else _loaded_into(args, ready)
         done = run_stages(args, ready, identity, started)
+        if args.verb == "apply" and args.stage is None and not ready.subject.streamed:
+            return _loaded_into(args, ready)  # stages may have been finished before
     finally:
         ready.subject.close()
+    if args.verb == "apply" and args.stage is not None:
+        return SavedModel(args.output_dir / ready.recipe.stage(args.stage).name)  # type: ignore[operator]  # checked
     if ready.subject.streamed:
-        assert ready.output is not None
-        return SavedModel(ready.output)
+        assert place is not None
+        return SavedModel(place)
     return attach(ready.subject.model, done.plan, done.solved, done.caches, done.recipe.to_yaml(), done.report)
 
 
@@ -291,6 +301,7 @@ def _identity(args: Arguments, ready: Prepared) -> dict[str, Any]:
     """What makes two runs the same run."""
     from bitpress.report import versions
 
+    trains = any(p.trains for p in ready.plans)
     return {
         "recipe": hashlib.sha256(ready.recipe.to_yaml().encode()).hexdigest(),
         "model": ready.subject.fingerprint(),
@@ -301,9 +312,10 @@ def _identity(args: Arguments, ready: Prepared) -> dict[str, Any]:
             "batch_size": args.batch_size,
             "max_memory": args.limit,
             "seed": args.seed,
-            "stage": args.stage,
+            "stage": None if args.verb == "apply" else args.stage,
             "dtype": args.dtype,
             "attn_implementation": args.attn_implementation,
         },
+        **({"training": {**args.training.identity(), **ready.training_data}} if trains else {}),
         "versions": versions(),
     }

@@ -75,6 +75,8 @@ class Plan:
         target: a size for which the schemes are chosen by a survey, None once they are or if there is none. Until
             then the sites' schemes stand for those to come, and `output_bytes` is about the most that they take.
         profiles: shares of zeros that a survey spreads over the blocks; empty once it has.
+        trains: it is a training stage; its sites are those that are trained with their rounding.
+        masked: linears whose zeros are kept while training.
     """
 
     sites: tuple[Site, ...]
@@ -93,6 +95,8 @@ class Plan:
     inherited: tuple[Site, ...] = ()
     target: SizeTarget | None = None
     profiles: tuple[Profile, ...] = ()
+    trains: bool = False
+    masked: tuple[Site, ...] = ()
 
     @property
     def surveys(self) -> bool:
@@ -112,11 +116,13 @@ class Plan:
     @property
     def needs_stats(self) -> bool:
         """Whether the model is run on calibration data."""
-        return bool(self.caches) or any(s.needs for s in self.sites)
+        return not self.trains and (bool(self.caches) or any(s.needs for s in self.sites))
 
     @property
     def reads(self) -> tuple[str, ...]:
         """What calibration data are needed for, in a few words each; empty if they are not."""
+        if self.trains:
+            return ()
         needs = frozenset().union(*(s.needs for s in self.sites))
         methods = sorted({s.method for s in self.sites if "gram" in s.needs})
         static = sorted({label(s.group) for s in self.sites if "range" in s.needs})
@@ -150,6 +156,7 @@ class Plan:
                 for s in self.sites
             ],
             "ignored": list(self.ignored),
+            "zeros_kept": [s.name for s in self.masked],
             "needs_data": list(self.reads),
             "kv_cache_scheme": None if self.cache_scheme is None else self.cache_scheme.to_dict(),
             "output_bytes": self.output_bytes,
@@ -199,7 +206,11 @@ def make(
     """
     if transposed := _transposed(subject):
         raise PlanError(transposed)
-    faults = [f"{type(m).__name__}: cannot run in a one-shot stage" for m in modifiers if m.run_type != "oneshot"]
+    faults = [
+        f"{type(m).__name__}: works in a training stage only (run_type: train)"
+        for m in modifiers
+        if m.run_type != "oneshot"
+    ]
     compressing = [m for m in modifiers if isinstance(m, LinearModifier)]
     sites, more, notes = find_sites(compressing, subject)
     faults += more
@@ -222,7 +233,7 @@ def make(
         changing |= dict.fromkeys(type(m).__name__ for m in earlier)  # AWQ in its old form is both
         notes += [SURVEYED_BEFORE.format(" and ".join(changing))] if changing else []
     rescaled = {m for uses in smoothing.uses for u in uses for m in (u.fold.producer, *u.fold.consumers)}
-    faults += _quantized_before({s.module for s in sites} | rescaled, inherited)
+    faults += quantized_before({s.module for s in sites} | rescaled, inherited)
     sites, more, added = find_tuning(modifiers, subject, sites, samples)
     faults += smoothing.faults + more
     notes += smoothing.notes + added + unpruned(sites)
@@ -230,7 +241,7 @@ def make(
         notes.append(
             f"{unknown[0]} (and {len(unknown) - 1} more): the model has no place for it; carried over as it is"
         )
-    ignored = _ignored(subject, {s.module for s in (*inherited, *sites) if s.group is not None})
+    ignored = left_dense(subject, {s.module for s in (*inherited, *sites) if s.group is not None})
     memory: dict[str, Any] = {}
     mine = -(-samples // ranks.world_size())
     cost = partial(budget, subject, samples=mine, length=length, device=device, max_memory=max_memory,
@@ -249,7 +260,7 @@ def make(
                 faults += still.problems
     if faults:
         raise PlanError(faults)
-    shards = _shards(subject, (*inherited, *sites), caches, compressed)
+    shards = specs_of_shards(subject, (*inherited, *sites), caches, compressed)
     output_bytes = sum(file_size(s) for s in shards if s)
     if target is not None:
         stand_ins = sum(stored_bytes(s, compressed=compressed) for g in target.groups for s in g.sites)
@@ -275,12 +286,12 @@ def settle(
     sites = list(plan.sites) if plan.target is None else decided(plan.target, plan.sites, picks)
     for profile, mine in zip(plan.profiles, shares, strict=True):
         sites = profiled(sites, profile, mine)
-    shards = _shards(subject, (*plan.inherited, *sites), plan.caches, compressed)
+    shards = specs_of_shards(subject, (*plan.inherited, *sites), plan.caches, compressed)
     caches = [] if plan.cache_scheme is None else [plan.cache_scheme]
     return replace(
         plan,
         sites=tuple(sites),
-        ignored=_ignored(subject, {s.module for s in (*plan.inherited, *sites) if s.group is not None}),
+        ignored=left_dense(subject, {s.module for s in (*plan.inherited, *sites) if s.group is not None}),
         notes=tuple(
             dict.fromkeys(
                 [n for n in plan.notes if n != SURVEYED] + client_notes(subject, sites, caches) + unpruned(sites)
@@ -307,6 +318,8 @@ def whole(plans: Sequence[Plan]) -> Plan:
     last = len(plans[-1].shards)
     return replace(
         plans[-1],
+        trains=False,
+        masked=tuple({s.name: s for p in plans for s in p.masked}.values()),
         sites=tuple(sorted(sites.values(), key=lambda s: last if s.block is None else s.block)),
         notes=tuple(dict.fromkeys(n for p in plans for n in p.notes)),
         host_bytes=max(p.host_bytes for p in plans),
@@ -326,7 +339,7 @@ def _transposed(subject: Subject) -> str | None:
     )
 
 
-def _quantized_before(changed: set[str], inherited: Sequence[Site]) -> list[str]:
+def quantized_before(changed: set[str], inherited: Sequence[Site]) -> list[str]:
     """Linears that this stage would change though an earlier one has quantized them."""
     done = [s.name for s in inherited if s.module in changed]
     return brief([f"{name}: quantized in an earlier stage; add it to ignore in this one" for name in done])
@@ -345,7 +358,7 @@ def _unknown_experts(subject: Subject, modifiers: Sequence[LinearModifier]) -> l
     ]
 
 
-def _ignored(subject: Subject, chosen: set[str]) -> tuple[str, ...]:
+def left_dense(subject: Subject, chosen: set[str]) -> tuple[str, ...]:
     """Every unquantized module with a matrix that a client could take for a Linear: routers and shared gates too."""
     found: dict[str, None] = {}
     for name, module in subject.model.named_modules():
@@ -360,7 +373,7 @@ def _ignored(subject: Subject, chosen: set[str]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _shards(
+def specs_of_shards(
     subject: Subject, sites: Sequence[Site], caches: Sequence[CacheSite], compressed: bool
 ) -> tuple[formats.Spec, ...]:
     site_of = {s.key: s for s in sites}

@@ -9,20 +9,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitpress.effort import asked_for
-from bitpress.errors import ConfigError, DataError, Faults, PlanError, RecipeError
+from bitpress.errors import ConfigError, Faults, PlanError, RecipeError
 from bitpress.modifiers.quantization import SchemeModifier
-from bitpress.recipe import Recipe
+from bitpress.recipe import DEFAULT_STAGE, Recipe, Stage
 
 if TYPE_CHECKING:
     import torch
 
     from bitpress.data import CalibrationData
+    from bitpress.data.training import TrainingSets
     from bitpress.oneshot import Arguments
     from bitpress.plan import Plan
     from bitpress.sites import Site
     from bitpress.subject import Subject
-
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")  # files of which every tokenizer has one
 
 
 def is_path(model: Any) -> bool:
@@ -37,6 +36,8 @@ class Prepared:
     Attributes:
         plans: one a stage.
         plan: the whole run.
+        training: what training stages train on.
+        teacher: what tells the teacher from another, None if there is none on disk.
     """
 
     recipe: Recipe
@@ -47,11 +48,24 @@ class Prepared:
     device: torch.device
     tokenizer: Any
     output: Path | None
+    training: TrainingSets | None = None
+    teacher: dict[str, Any] | None = None
+
+    @property
+    def training_data(self) -> dict[str, Any]:
+        """What tells the data of training stages from others."""
+        sets = self.training
+        assert sets is not None
+        evaluation = None if sets.evaluation is None else sets.evaluation.summary["fingerprint"]
+        return {"data": sets.train.summary["fingerprint"], "evaluation": evaluation, "teacher": self.teacher}
 
 
 def prepare(args: Arguments) -> Prepared:
     """Read recipe, model and data, and hold them against each other; raises every user error, all together."""
-    from bitpress import plan
+    import torch
+
+    from bitpress import plan, preparedata
+    from bitpress.subject import ModuleSubject
     from bitpress.verified import check_blocks
 
     faults = Faults()
@@ -60,14 +74,19 @@ def prepare(args: Arguments) -> Prepared:
     subject: Subject | None = None
     plans: list[Plan] = []
     data: CalibrationData | None = None
+    training: TrainingSets | None = None
+    teacher: dict[str, Any] | None = None
     tokenizer: Any = None
     output = args.output_dir
     with faults:
         args.check()
     sound = not faults.errors
+    if args.verb != "oneshot":
+        with faults:
+            args.training.check(cpu=args.device == "cpu" or not torch.cuda.is_available())
     with faults:
         recipe = _chosen(args)
-        if output is not None and args.stage is not None:
+        if output is not None and args.stage is not None and args.verb != "apply":
             output = output / recipe.stages[0].name
     with faults:
         device = pick_device(args.device)
@@ -76,30 +95,38 @@ def prepare(args: Arguments) -> Prepared:
     try:
         with faults:
             if output is not None:
-                _check_output(args, output)
+                _check_output(args, output, recipe)
         if sound and recipe is not None and subject is not None:
             with faults:
                 # a device that is not there is told already; what fits can be checked on any
                 plans = make_plans(args, recipe, subject, device or pick_device("cpu"), output)
-        modifiers = [] if recipe is None else [m for s in recipe.stages for m in s.modifiers]
+        stages = () if recipe is None else recipe.stages
+        modifiers = [m for s in stages if s.run_type == "oneshot" for m in s.modifiers]
+        trains = args.verb == "train" or any(s.run_type == "train" for s in stages)
         static = _static_without_data(args, modifiers)
         with faults:
             if static:
                 raise PlanError(static)
         with faults:
-            tokenizer, unusable = find_tokenizer(args, subject)
-            if any(m.needs or m.surveys for m in modifiers) or (recipe is None and args.dataset is not None):
+            tokenizer, unusable = preparedata.find_tokenizer(args, subject)
+            unknown = recipe is None and args.dataset is not None and not trains
+            if any(m.needs or m.surveys for m in modifiers) or unknown:
                 if sound and subject is not None and not static:
-                    data = _data(args, subject, tokenizer, unusable)
+                    data = preparedata.calibration(args, subject, tokenizer, unusable)
                 elif args.dataset is not None:
-                    _find_data(args)
-        if subject is not None:
+                    preparedata.find(args)
+        if trains and sound:
+            with faults:
+                training = preparedata.training_sets(args, subject, tokenizer)
+            with faults:
+                teacher = preparedata.teacher_of(args, subject)
+        if subject is not None and (modifiers or not trains):
             with faults:
                 check_blocks(subject, trust_remote_code=args.trust_remote_code_model)
         faults.report()
         assert recipe is not None and device is not None and subject is not None
         if is_path(args.model) and args.output_dir is None:
-            subject = _in_memory(args, subject)
+            subject = ModuleSubject(whole_model(args, subject))
             plans = make_plans(args, recipe, subject, device, output)
     except BaseException:
         if subject is not None:
@@ -111,10 +138,12 @@ def prepare(args: Arguments) -> Prepared:
         notes.append(f"stages {', '.join(s.name for s in recipe.stages)}: one after the other over the whole model")
     if ran := getattr(getattr(subject, "source", None), "ran", None):
         notes.append(f"{', '.join(ran)}: more than tensors; read by running what the pickle says, as was trusted")
-    if args.dataset is not None and data is None:
+    notes += [f"training data: {n}" for n in (training.train.notes if training else ())]
+    notes += args.training.notes if trains else ()
+    if args.dataset is not None and data is None and training is None:
         notes.append("dataset: not read, nothing in this recipe needs data")
     made = replace(made, notes=tuple(notes))
-    return Prepared(recipe, subject, tuple(plans), made, data, device, tokenizer, output)
+    return Prepared(recipe, subject, tuple(plans), made, data, device, tokenizer, output, training, teacher)
 
 
 def prepare_together(args: Arguments) -> Prepared:
@@ -146,7 +175,7 @@ def make_plans(
     args: Arguments, recipe: Recipe, subject: Subject, device: torch.device, output: Path | None
 ) -> list[Plan]:
     """The plan of every stage, each knowing what the earlier ones have quantized; PlanError with all faults."""
-    from bitpress import plan
+    from bitpress import plan, trainplan
     from bitpress.budget import space_fault
 
     several = len(recipe.stages) > 1
@@ -155,13 +184,19 @@ def make_plans(
     inherited: list[Site] = []
     for stage in recipe.stages:
         last = stage is recipe.stages[-1]
+        common: dict[str, Any] = {
+            "samples": args.num_calibration_samples, "length": args.max_seq_length, "device": device,
+            "output": None if several else output, "compressed": args.save_compressed and last,
+            "inherited": inherited,
+        }  # fmt: skip
         try:
-            made = plan.make(
-                stage.modifiers, subject, samples=args.num_calibration_samples, length=args.max_seq_length,
-                device=device, max_memory=args.limit, batch_size=args.batch_size, output=None if several else output,
-                compressed=args.save_compressed and last, inherited=inherited,
-                trust_remote_code=args.trust_remote_code_model,
-            )  # fmt: skip
+            if stage.run_type == "train":
+                made = trainplan.make(stage.modifiers, subject, precision=args.training.precision, **common)
+            else:
+                made = plan.make(
+                    stage.modifiers, subject, max_memory=args.limit, batch_size=args.batch_size,
+                    trust_remote_code=args.trust_remote_code_model, **common,
+                )  # fmt: skip
         except PlanError as error:
             faults += [f"{stage.name}: {p}" if several else p for p in error.problems]
             continue
@@ -174,9 +209,10 @@ def make_plans(
         plans.append(made)
         inherited += [s for s in made.sites if s.group is not None]
     if several and plans and output is not None:
-        # a stage's input lies beside its output
+        # a stage's input lies beside its output; of `apply` all stay
         sizes = [p.output_bytes for p in plans]
         needed = max(a + b for a, b in zip([0, *sizes], [*sizes, 0], strict=True))
+        needed = sum(sizes) if args.verb == "apply" else needed
         if fault := space_fault(output, needed):
             faults.append(fault)
     if faults:
@@ -189,6 +225,8 @@ def _chosen(args: Arguments) -> Recipe:
     if isinstance(args.recipe, ConfigError):  # the command line's options do not go together
         raise args.recipe
     bits = args.bits
+    if args.verb == "train" and args.recipe is None:  # plain fine-tuning
+        return Recipe((Stage(DEFAULT_STAGE, "train", ()),))
     source = asked_for(
         scheme=args.scheme, bits=bits, group_size=args.group_size, method=args.method, effort=args.effort,
         ignore=args.ignore, written=args.recipe,
@@ -197,11 +235,26 @@ def _chosen(args: Arguments) -> Recipe:
         bits = 4.0  # what is no number is told elsewhere; a recipe without a scheme is still one
     recipe = Recipe.load(source, bits=bits)
     chosen = recipe if not isinstance(args.stage, str) else Recipe((recipe.stage(args.stage),))
-    if training := [s.name for s in chosen.stages if s.run_type == "train"]:
+    if args.verb == "apply":
+        return recipe
+    names = [stage.name for stage in chosen.stages]
+    training = [s.name for s in chosen.stages if s.run_type == "train"]
+    if args.verb == "oneshot":
+        if not training:
+            return chosen
+        remedy = "choose another stage, or run all with apply (bitpress apply)"
+        if args.stage is not None or len(names) == 1:
+            remedy = "run it with train (bitpress train), or all stages with apply (bitpress apply)"
+        raise RecipeError([f"{name}: a training stage, which oneshot does not run; {remedy}" for name in training])
+    if len(names) > 1:
         raise RecipeError(
-            [f"{name}: a training stage, which oneshot does not run; choose another stage" for name in training]
+            f"train runs one stage, and the recipe has {', '.join(names)}: give stage='{(training or names)[0]}', or "
+            "run all with apply (bitpress apply)"
         )
-    return chosen
+    stage = chosen.stages[0]
+    if stage.run_type == "oneshot" and not all(m.trains for m in stage.modifiers):
+        raise RecipeError(f"{stage.name}: a one-shot stage, which train does not run; run it with oneshot or apply")
+    return Recipe((replace(stage, run_type="train"),))
 
 
 def _static_without_data(args: Arguments, modifiers: Sequence[Any]) -> list[str]:
@@ -270,22 +323,27 @@ def open_subject(args: Arguments) -> Subject:
     )  # fmt: skip
 
 
-def _check_output(args: Arguments, output: Path) -> None:
+def _check_output(args: Arguments, output: Path, recipe: Recipe | None) -> None:
     from bitpress import journal
 
+    folders = [output]
+    if args.verb == "apply" and recipe is not None:
+        folders += [output / stage.name for stage in recipe.stages]
     if is_path(args.model) and args.output_dir is not None:
         model = Path(args.model).expanduser()
-        if model.is_dir() and args.output_dir.resolve() == model.resolve():
-            raise PlanError(f"{args.output_dir}: is the model's own folder; choose another output folder")
-    journal.check(output)
+        for folder in (args.output_dir, *folders):
+            if model.is_dir() and folder.resolve() == model.resolve():
+                raise PlanError(f"{folder}: is the model's own folder; choose another output folder")
+    for folder in folders:
+        journal.check(folder)
 
 
-def _in_memory(args: Arguments, subject: Subject) -> Subject:
+def whole_model(args: Arguments, subject: Subject) -> Any:
     """The model of a folder whose checks are done, loaded whole."""
     from transformers import AutoModelForCausalLM
 
     from bitpress.pickles import PickleSource
-    from bitpress.subject import FolderSubject, ModuleSubject
+    from bitpress.subject import FolderSubject
 
     assert isinstance(subject, FolderSubject)
     if isinstance(subject.source, PickleSource):
@@ -293,98 +351,11 @@ def _in_memory(args: Arguments, subject: Subject) -> Subject:
         kind: Any = type(subject.model)
         model = kind.from_pretrained(None, config=subject.config, state_dict=state, dtype=subject.dtype)
         model.name_or_path = str(subject.folder)
-        return ModuleSubject(model)
-    return ModuleSubject(
-        AutoModelForCausalLM.from_pretrained(
-            subject.folder,
-            dtype=subject.dtype if args.dtype else "auto",
-            attn_implementation=args.attn_implementation,
-            trust_remote_code=args.trust_remote_code_model,
-            local_files_only=True,
-        )
+        return model
+    return AutoModelForCausalLM.from_pretrained(
+        subject.folder,
+        dtype=subject.dtype,
+        attn_implementation=args.attn_implementation,
+        trust_remote_code=args.trust_remote_code_model,
+        local_files_only=True,
     )
-
-
-def _find_data(args: Arguments) -> None:
-    """Whether the data is there; it cannot be read yet."""
-    from bitpress.data.sources import Wanted, open_source
-    from bitpress.data.splits import calibration_split
-
-    open_source(
-        args.dataset,
-        Wanted(
-            split=calibration_split(None, args.splits), config=args.dataset_config_name, path=args.dataset_path,
-            streaming=args.streaming, workers=args.preprocessing_num_workers,
-            trust_remote_code=args.trust_remote_code_data,
-        ),
-    )  # fmt: skip
-
-
-def _data(args: Arguments, subject: Subject, tokenizer: Any, unusable: str) -> CalibrationData:
-    from bitpress.data import load_calibration
-
-    try:
-        data = load_calibration(
-            args.dataset, tokenizer=tokenizer, splits=args.splits, dataset_config_name=args.dataset_config_name,
-            dataset_path=args.dataset_path, text_column=args.text_column, num_samples=args.num_calibration_samples,
-            max_seq_length=args.max_seq_length, pack=args.concatenate_data, separator=args.separator,
-            shuffle=args.shuffle_calibration_samples, seed=args.seed, preprocessing_func=args.preprocessing_func,
-            streaming=args.streaming, preprocessing_num_workers=args.preprocessing_num_workers,
-            trust_remote_code=args.trust_remote_code_data,
-        )  # fmt: skip
-    except DataError as error:
-        if unusable:
-            raise DataError([*error.problems, unusable]) from None
-        raise
-    _check_vocabulary(data, subject)
-    _check_positions(data, subject)
-    return data
-
-
-def find_tokenizer(args: Arguments, subject: Subject | None) -> tuple[Any, str]:
-    """The tokenizer that was given, or the model's own; None if there is none (data of token ids needs none).
-
-    Returns:
-        The tokenizer, and what is wrong with the model's own where it is there and cannot be loaded.
-    """
-    from transformers import AutoTokenizer
-
-    given = args.tokenizer
-    if given is not None and not is_path(given):
-        if not callable(given):
-            raise ConfigError(f"tokenizer: expected a tokenizer or its folder, got {given!r}")
-        return given, ""
-    place = given
-    if place is None and subject is not None:
-        place = subject.folder or getattr(subject.config, "_name_or_path", "")
-    if not place:
-        return None, ""
-    try:
-        return AutoTokenizer.from_pretrained(place, trust_remote_code=args.trust_remote_code_model), ""
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        why = str(error).strip().splitlines()[0]
-        if given is not None:
-            raise ConfigError(f"tokenizer: {place}: {why}") from None
-        there = any((Path(place) / name).is_file() for name in TOKENIZERS)
-        return None, f"{place}: its own tokenizer cannot be loaded: {why}" if there else ""
-
-
-def _check_vocabulary(data: CalibrationData, subject: Subject) -> None:
-    rows = subject.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    top = max(int(s.max()) for s in data.sequences)
-    if top >= rows:
-        raise DataError(f"the data has token id {top}, but the model embeds {rows}: is it another model's tokenizer?")
-
-
-def _check_positions(data: CalibrationData, subject: Subject) -> None:
-    """Sequences longer than the model's table of learned positions cannot run."""
-    from torch import nn
-
-    most = getattr(subject.config, "max_position_embeddings", None)
-    longest = max(len(s) for s in data.sequences)
-    if not isinstance(most, int) or longest <= most:
-        return
-    words = subject.model.get_input_embeddings()  # type: ignore[operator]
-    tables = [m for m in subject.model.modules() if isinstance(m, nn.Embedding) and m is not words]
-    if any(most <= table.num_embeddings <= most + 8 for table in tables):
-        raise DataError(f"sequences of {longest} tokens, but the model has {most} positions: lower max_seq_length")

@@ -11,8 +11,8 @@ from bitpress.errors import ConfigError
 class Progress:
     """Says nothing. The others override `begin`, `at`, `note`, `end`."""
 
-    def begin(self, stage: str, total: int) -> None:
-        """A stage of `total` blocks starts."""
+    def begin(self, stage: str, total: int, unit: str = "block") -> None:
+        """A stage of `total` blocks, or of steps of training, starts."""
 
     def at(self, block: int, doing: str, share: float = 0.0) -> None:
         """Block number `block` (from 0) is at work; `share` of it is done."""
@@ -31,8 +31,9 @@ class Lines(Progress):
         self.console, self.verbose = console, verbose
         self._last: tuple[int, str] = (-1, "")
 
-    def begin(self, stage: str, total: int) -> None:
-        self.stage, self.total, self.start = stage, total, time.monotonic()
+    def begin(self, stage: str, total: int, unit: str = "block") -> None:
+        self.stage, self.total, self.unit, self.start = stage, total, unit, time.monotonic()
+        self._last = (-1, "")
         self.first = -1  # a resumed run starts in the middle
 
     def at(self, block: int, doing: str, share: float = 0.0) -> None:
@@ -46,7 +47,9 @@ class Lines(Progress):
         self._last = (block, doing)
         spent, done = time.monotonic() - self.start, block - self.first
         eta = f", ETA {clock(spent / done * (self.total - block))}" if done else ""
-        self.console.print(f"{self.stage}: {place(block, self.total)}: {doing}{eta}", highlight=False, markup=False)
+        self.console.print(
+            f"{self.stage}: {place(block, self.total, self.unit)}: {doing}{eta}", highlight=False, markup=False
+        )
 
     def note(self, text: str) -> None:
         self.console.print(f"note: {text}", highlight=False, markup=False)
@@ -69,12 +72,14 @@ class Live(Progress):
             console=console,
         )
 
-    def begin(self, stage: str, total: int) -> None:
+    def begin(self, stage: str, total: int, unit: str = "block") -> None:
+        self.unit = unit
         self.task = self.bars.add_task(stage, total=total, at="", doing="")
         self.bars.start()
 
     def at(self, block: int, doing: str, share: float = 0.0) -> None:
-        self.bars.update(self.task, completed=block + share, at=place(block, self.bars.tasks[-1].total), doing=doing)
+        at = place(block, self.bars.tasks[-1].total, self.unit)
+        self.bars.update(self.task, completed=block + share, at=at, doing=doing)
 
     def note(self, text: str) -> None:
         self.bars.console.print(f"note: {text}", highlight=False, markup=False)
@@ -105,9 +110,9 @@ def choose_progress(wanted: Progress | bool | None, *, verbose: bool = False) ->
     return Lines(console, verbose) if wanted else Progress()
 
 
-def place(block: int, total: float | None) -> str:
+def place(block: int, total: float | None, unit: str = "block") -> str:
     """Where a run is: `block 3 of 30`; after the last block, what is outside them."""
-    return f"block {block + 1} of {total:.0f}" if block < (total or 0) else "embeddings and head"
+    return f"{unit} {block + 1} of {total:.0f}" if block < (total or 0) else "embeddings and head"
 
 
 def clock(seconds: float) -> str:

@@ -28,7 +28,7 @@ from typing import Any, Literal, cast
 import yaml
 
 from bitpress.errors import RecipeError, did_you_mean
-from bitpress.modifiers import MODIFIERS, MODIFIERS_LATER, Modifier
+from bitpress.modifiers import MODIFIERS, Modifier
 from bitpress.modifiers.quantization import SchemeModifier
 
 SUFFIXES = (".yaml", ".yml", ".json")
@@ -201,7 +201,7 @@ class _Reader:
                     self.faults.append(f"{place}: {value!r} is unknown.{hint}")
             elif key == "modifiers" or (isinstance(key, str) and key.endswith(GROUP_SUFFIX)):
                 modifiers += self.group(value, place)
-            elif key in MODIFIERS or key in MODIFIERS_LATER:
+            elif key in MODIFIERS:
                 modifiers += self.modifier(key, value, place)
             else:
                 self.faults.append(f"{place}: {_unknown_key(str(key), value, top=not where)}")
@@ -264,20 +264,17 @@ def _stage_dict(stage: Stage) -> dict[str, Any]:
 
 
 def _unknown_modifier(name: str) -> str:
-    if name in MODIFIERS_LATER:
-        return f"not implemented yet; available: {', '.join(MODIFIERS)}"
     if name.endswith((STAGE_SUFFIX, GROUP_SUFFIX)):
         return "expected a modifier here, not a stage or a group of modifiers"
-    known = (*MODIFIERS, *MODIFIERS_LATER)
-    hint = did_you_mean(name, known)
+    hint = did_you_mean(name, MODIFIERS)
     # `GPTQ` is too short for `GPTQModifier` to be near.
-    longer = did_you_mean(name + "Modifier", known)
+    longer = did_you_mean(name + "Modifier", MODIFIERS)
     return "unknown modifier." + (longer if "Did you mean" in longer and "Known" in hint else hint)
 
 
 def _unknown_key(key: str, value: object, *, top: bool) -> str:
     """What a key was meant to be, from its own ending and from what it holds."""
-    known = ["modifiers", "run_type", *METADATA, *(["stages"] if top else []), *MODIFIERS, *MODIFIERS_LATER]
+    known = ["modifiers", "run_type", *METADATA, *(["stages"] if top else []), *MODIFIERS]
     if key.endswith("Modifier"):
         return _unknown_modifier(key)
     stem, _, ending = key.replace("-", "_").rpartition("_")

@@ -5,7 +5,13 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bitpress.oneshot import Arguments
+    from bitpress.plan import Plan
+    from bitpress.prepare import Prepared
+    from bitpress.stages import Done
 
 PACKAGES = ("torch", "transformers", "compressed-tensors", "safetensors")
 
@@ -95,4 +101,48 @@ def totals(rows: list[dict[str, Any]], sizes: dict[str, int], dense: Mapping[str
         "mean_rel_error": float(f"{mean('rel_error'):.5g}"),
         "sparsity": round(mean("sparsity"), 5),
         "policies": sum(bool(r["policy"]) for r in rows),
+    }
+
+
+def of_run(
+    args: Arguments,
+    ready: Prepared,
+    plan: Plan,
+    done: Done,
+    identity: dict[str, Any],
+    numerics: dict[str, Any],
+    seconds: float,
+    phases: Mapping[str, float],
+) -> dict[str, Any]:
+    """report.json of a stage, and of the stages before it.
+
+    Args:
+        seconds: since the run began; `phases`: of this stage, by what was done.
+    """
+    import resource
+
+    import torch
+
+    sizes, rows = {s.name: s.rows * s.columns for s in (*ready.plan.sites, *ready.plan.masked)}, done.rows
+    targets = [p.target for p in ready.plans if p.target is not None]
+    dense = {s.name: 8.0 * s.dtype.itemsize for t in targets for g in t.groups for s in g.sites}
+    cuda = ready.device.type == "cuda"
+    return {
+        "layers": rows,
+        "totals": {
+            **totals(rows, sizes, dense),
+            "output_bytes": plan.output_bytes,
+            "seconds": round(seconds, 2),
+            "seconds_by_phase": {k: round(v, 2) for k, v in phases.items()},
+            "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_device_bytes": torch.cuda.max_memory_allocated(ready.device) if cuda else 0,
+        },
+        **done.surveys,
+        "ignored": list(plan.ignored),
+        "notes": list(done.plan.notes) + (list(ready.data.notes) if ready.data else []),
+        "data": dict(ready.data.summary) if ready.data else None,
+        "seed": args.seed,
+        "numerics": numerics,
+        "versions": versions(),
+        "run": identity,
     }

@@ -1,8 +1,9 @@
 """The stages of a run, one after the other: each reads a checkpoint and writes one.
 
 Those between the first and the last lie in the output's work folder, uncompressed (dense weights beside their
-scales), and go when the run is complete. Each stage has a journal; a run that was killed goes on in the first stage
-that is not finished. A model in memory is changed in place and passes from stage to stage.
+scales), and go when the run is complete; those of `apply` are the checkpoints <output>/<stage>, and stay. Each stage
+has a journal; a run that was killed goes on in the first stage that is not finished. A model in memory is changed in
+place and passes from stage to stage.
 """
 
 from __future__ import annotations
@@ -17,16 +18,18 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from bitpress import decision, formats, journal, pipeline, profiles, ranks, size_target, tuning
-from bitpress.checkpoint import Source
+from bitpress import decision, formats, journal, pipeline, profiles, ranks, report, size_target, tuning
+from bitpress.checkpoint import Source, link_checkpoint
 from bitpress.errors import PlanError
 from bitpress.math.grid import Solved, quantize
+from bitpress.numerics import adopt, frozen, numerics_of
 from bitpress.output import Output, read_site
 from bitpress.plan import Plan, settle, whole
 from bitpress.recipe import Recipe
 from bitpress.run import Run
 from bitpress.sites import Site, stored_spec
 from bitpress.subject import FolderSubject, ModuleSubject, Subject
+from bitpress.training.stage import train_stage
 
 if TYPE_CHECKING:
     from bitpress.oneshot import Arguments
@@ -64,17 +67,27 @@ def run_stages(args: Arguments, ready: Prepared, identity: dict[str, Any], start
         identity: what makes two runs the same run.
         started: when the run began, for the report.
     """
-    places = _places(ready)
+    places = _places(args, ready)
+    chosen = _chosen(args, ready)
     done, first = Done(ready.plan, ready.recipe), 0
-    if len(places) > 1 and ready.output is not None:
+    if ready.output is not None and (len(places) > 1 or args.verb == "apply"):
         work = ready.output / journal.WORK
         ranks.from_first(lambda: journal.Journal(work, identity, None))  # claims the folder for this run
-        first = ranks.from_first(lambda: _finished(places, ready, identity))
+        if args.verb == "apply" and args.fresh:
+            for place in places[chosen.start :]:
+                if place is not None and place.is_dir():
+                    _claim(args, place, identity)
+        first = ranks.from_first(lambda: _finished(args, places, ready, identity))
+        if first < chosen.start:
+            raise PlanError(
+                f"{ready.recipe.stages[first].name}: has not run in {ready.output}, and "
+                f"{ready.recipe.stages[chosen.start].name} goes on from it: run it first, or all, without stage"
+            )
         if first:
             done = _taken_up(places[first - 1], ready, first)
             args.progress.note(f"stage {ready.recipe.stages[first - 1].name} is finished; going on from there")
-    for i in range(first, len(places)):
-        subject = ready.subject
+    for i in range(first, chosen.stop):
+        subject, place = ready.subject, places[i]
         before = places[i - 1] if i else None
         if subject.streamed and before is not None:
             hidden = [f"{s.name}.{n}" for s in ready.plans[i].inherited for n in _beside(s)]
@@ -84,34 +97,65 @@ def run_stages(args: Arguments, ready: Prepared, identity: dict[str, Any], start
                 hidden=hidden,
                 attention=args.attn_implementation,
             )
-        _run_stage(args, ready, i, subject, places[i], _identity_of(identity, ready, i), done, started)
-        if before is not None and i < len(places) - 1:
+        own = _identity_of(args, identity, ready, i)
+        if args.verb == "apply" and place is not None and not args.fresh:
+            _claim(args, place, own)
+        run = train_stage if ready.plans[i].trains else _run_stage
+        run(args, ready, i, subject, place, own, done, started)
+        _say(args, ready, i, done, place)
+        if before is not None and args.verb != "apply" and i < len(places) - 1:
             ranks.barrier()
             if ranks.first():
                 shutil.rmtree(before)  # what comes next starts from this stage
+    if args.verb == "apply" and chosen.stop == len(places):
+        ranks.from_first(lambda: _complete(ready, places[-1], identity))
     return done
 
 
-def _places(ready: Prepared) -> list[Path | None]:
-    """Where each stage writes."""
+def _claim(args: Arguments, place: Path, identity: dict[str, Any]) -> None:
+    """Make a stage's folder ready, or say that it holds other work."""
+    ranks.from_first(lambda: journal.prepare(place, identity, fresh=args.fresh, resume=False))
+
+
+def _complete(ready: Prepared, last: Path | None, identity: dict[str, Any]) -> None:
+    """The last stage's checkpoint becomes that of the whole run."""
+    assert ready.output is not None and last is not None
+    report_of_last = json.loads((last / "report.json").read_text(encoding="utf-8"))
+    link_checkpoint(last, ready.output, {**report_of_last, "run": identity})
+    shutil.rmtree(ready.output / journal.WORK)
+
+
+def _chosen(args: Arguments, ready: Prepared) -> range:
+    """Indices of the stages that run; for `oneshot` and `train` the recipe holds no others."""
     names = [stage.name for stage in ready.recipe.stages]
+    if args.verb != "apply" or args.stage is None:
+        return range(len(names))
+    i = names.index(ready.recipe.stage(args.stage).name)
+    return range(i, i + 1)
+
+
+def _places(args: Arguments, ready: Prepared) -> list[Path | None]:
+    """Where each stage writes."""
+    names = [re.sub(r"[^A-Za-z0-9_.-]", "_", stage.name) for stage in ready.recipe.stages]
     if ready.output is None:
         return [None for _ in names]
+    if args.verb == "apply":
+        return [ready.output / name for name in names]
     folder = ready.output / journal.WORK / STAGES
-    between = [folder / f"{i + 1}-{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}" for i, name in enumerate(names[:-1])]
-    return [*between, ready.output]
+    return [*(folder / f"{i + 1}-{name}" for i, name in enumerate(names[:-1])), ready.output]
 
 
-def _identity_of(identity: dict[str, Any], ready: Prepared, i: int) -> dict[str, Any]:
-    """Of a stage: the last one completes the run."""
-    return identity if i == len(ready.plans) - 1 else {**identity, "stage": ready.recipe.stages[i].name}
+def _identity_of(args: Arguments, identity: dict[str, Any], ready: Prepared, i: int) -> dict[str, Any]:
+    """Of a stage: the last one completes the run, but that of `apply` is complete with a copy of it."""
+    alone = i == len(ready.plans) - 1 and args.verb != "apply"
+    return identity if alone else {**identity, "stage": ready.recipe.stages[i].name}
 
 
-def _finished(places: list[Path | None], ready: Prepared, identity: dict[str, Any]) -> int:
+def _finished(args: Arguments, places: list[Path | None], ready: Prepared, identity: dict[str, Any]) -> int:
     """How many stages are finished."""
-    for i in reversed(range(len(places) - 1)):
+    for i in reversed(range(len(places) - (args.verb != "apply"))):
         place = places[i]
-        if place is not None and journal.finished(place, _identity_of(identity, ready, i)):
+        if place is not None and journal.finished(place, _identity_of(args, identity, ready, i)):
             return i + 1
     return 0
 
@@ -119,14 +163,27 @@ def _finished(places: list[Path | None], ready: Prepared, identity: dict[str, An
 def _taken_up(place: Path | None, ready: Prepared, i: int) -> Done:
     """What the stages before stage `i` have made; puts their weights into a model in memory."""
     assert place is not None
-    report = json.loads((place / "report.json").read_text(encoding="utf-8"))
-    done = Done(ready.plan, ready.recipe, report["layers"])
-    if isinstance(ready.subject, ModuleSubject):
+    rows = json.loads((place / "report.json").read_text(encoding="utf-8"))["layers"]
+    done = Done(ready.plan, ready.recipe, rows)
+    if isinstance(ready.subject, ModuleSubject) and i < len(ready.plans):
         source = Source(place)
         for key, disk in ready.subject.layout.disk_of.items():
             ready.subject.assign({key: source.read([disk])[disk]})
         done.solved = [(s, replace(_stored(source, s), codes=None)) for s in ready.plans[i].inherited]
     return done
+
+
+def _say(args: Arguments, ready: Prepared, i: int, done: Done, place: Path | None) -> None:
+    """What a stage has made, where there are several or one was asked for."""
+    if len(ready.plans) == 1 and args.stage is None:
+        return
+    zeros = [
+        r for r in done.rows if r["mask"] and r.get("stage", ready.recipe.stages[i].name) == ready.recipe.stages[i].name
+    ]
+    sizes = {s.name: s.rows * s.columns for s in (*ready.plan.sites, *ready.plan.masked)}
+    share = sum(r["sparsity"] * sizes[r["name"]] for r in zeros) / max(1, sum(sizes[r["name"]] for r in zeros))
+    said = f", {share:.2%} of the weights of {len(zeros)} linears are zero" if zeros else ""
+    args.progress.note(f"stage {ready.recipe.stages[i].name}: done{said}" + (f"; saved to {place}" if place else ""))
 
 
 def _beside(site: Site) -> list[str]:
@@ -160,14 +217,14 @@ def _run_stage(
     plan, stage, several = ready.plans[i], ready.recipe.stages[i], len(ready.plans) > 1
     last = i == len(ready.plans) - 1
     output = None
-    numerics = _numerics(ready, plan)
+    numerics = numerics_of(ready, plan)
     if place is not None:
         work, new = place / journal.WORK, numerics
         log = ranks.from_first(lambda: journal.Journal(work, identity, new))
         ranks.agreed(log.visible)
         if log.done:
             args.progress.note(f"{len(log.done)} of {len(plan.shards)} shards are finished; going on from there")
-        numerics = _adopt(log.numerics, numerics, place)
+        numerics = adopt(log.numerics, numerics, place)
         packed = args.save_compressed and last
         output = Output(
             place, log, len(plan.shards), compressed=packed, verify=args.verify, beside=ready.device.type == "cuda"
@@ -187,12 +244,12 @@ def _run_stage(
         inherited=inherited, seed=args.seed,
     )  # fmt: skip
     if plan.surveys:
-        with _frozen(numerics):
+        with frozen(numerics):
             plan = run.plan = _survey(args, ready, i, run, done)
     args.progress.begin(args.stage or stage.name, len(subject.blocks))
     complete = False
     try:
-        with _frozen(numerics):
+        with frozen(numerics):
             pipeline.execute(run)
         complete = True
     finally:
@@ -205,13 +262,13 @@ def _run_stage(
     done.rows += [{**row, "stage": stage.name} for row in run.rows] if several else run.rows
     done.solved += run.solved
     done.caches |= run.caches
-    done.report = _report(args, ready, plan, run, done, identity, numerics, time.perf_counter() - started)
+    done.report = report.of_run(args, ready, plan, done, identity, numerics, time.perf_counter() - started, run.seconds)
     text = done.recipe if last else replace(ready.recipe, stages=(done.recipe.stages[i],))
     if output is not None:
         tokenizer = None if args.tokenizer is None and subject.folder else ready.tokenizer
-        whole, report = output, done.report
+        whole_output, made = output, done.report
         ranks.barrier()  # none has anything open in the work folder
-        ranks.from_first(lambda: whole.finish(subject, plan, text.to_yaml(), report, tokenizer))
+        ranks.from_first(lambda: whole_output.finish(subject, plan, text.to_yaml(), made, tokenizer))
 
 
 def _survey(args: Arguments, ready: Prepared, i: int, run: Run, done: Done) -> Plan:
@@ -245,93 +302,3 @@ def _survey(args: Arguments, ready: Prepared, i: int, run: Run, done: Done) -> P
             args.progress.note(note)
     done.plan = replace(whole(plans), notes=tuple(notes))
     return settled
-
-
-def _numerics(ready: Prepared, plan: Plan) -> dict[str, Any]:
-    """What changes the bits of a result though it is the same run."""
-    import torch
-
-    from bitpress.attention import implementation
-
-    config = ready.subject.config
-    cuda = ready.device.type == "cuda"
-    name = torch.cuda.get_device_name(ready.device) if cuda else f"cpu {torch.backends.cpu.get_cpu_capability()}"
-    each = len(ready.data.sequences) // ranks.world_size() if ready.data else plan.batch_size
-    return {
-        "processes": ranks.world_size(),
-        "batch_size": max(1, min(plan.batch_size, each)) if ranks.world_size() > 1 else plan.batch_size,
-        "threads": torch.get_num_threads(),
-        "device": name,
-        "dtype": str(ready.subject.dtype),
-        "attention": implementation(config, ready.device, ready.subject.dtype),
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "tuned_linears": sum(s.tuning is not None for s in plan.sites),  # memory may have ruled out experts
-    }
-
-
-def _adopt(recorded: dict[str, Any], now: dict[str, Any], output: Path) -> dict[str, Any]:
-    """The recorded numerics, where this process can reproduce them."""
-    fixed = ("processes", "device", "dtype", "attention", "float32_matmul_precision", "tuned_linears")
-    recorded = {"processes": 1, **recorded}
-    if different := [f"{k} was {recorded[k]}, is {now[k]}" for k in fixed if recorded[k] != now[k]]:
-        raise PlanError(f"{output}: cannot go on with the same bits: {'; '.join(different)}. Start anew with --fresh")
-    return recorded
-
-
-class _frozen:  # noqa: N801  a context manager
-    """Runs with the recorded number of threads."""
-
-    def __init__(self, numerics: dict[str, Any]) -> None:
-        self.threads = numerics["threads"]
-
-    def __enter__(self) -> None:
-        import torch
-
-        self.before = torch.get_num_threads()
-        torch.set_num_threads(self.threads)
-
-    def __exit__(self, *exc: object) -> None:
-        import torch
-
-        torch.set_num_threads(self.before)
-
-
-def _report(
-    args: Arguments,
-    ready: Prepared,
-    plan: Plan,
-    run: Run,
-    done: Done,
-    identity: dict[str, Any],
-    numerics: dict[str, Any],
-    seconds: float,
-) -> dict[str, Any]:
-    import resource
-
-    import torch
-
-    from bitpress import report
-
-    sizes, rows = {s.name: s.rows * s.columns for s in ready.plan.sites}, done.rows
-    targets = [p.target for p in ready.plans if p.target is not None]
-    dense = {s.name: 8.0 * s.dtype.itemsize for t in targets for g in t.groups for s in g.sites}
-    cuda = ready.device.type == "cuda"
-    return {
-        "layers": rows,
-        "totals": {
-            **report.totals(rows, sizes, dense),
-            "output_bytes": plan.output_bytes,
-            "seconds": round(seconds, 2),
-            "seconds_by_phase": {k: round(v, 2) for k, v in run.seconds.items()},
-            "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            "peak_device_bytes": torch.cuda.max_memory_allocated(ready.device) if cuda else 0,
-        },
-        **done.surveys,
-        "ignored": list(plan.ignored),
-        "notes": list(done.plan.notes) + (list(ready.data.notes) if ready.data else []),
-        "data": dict(ready.data.summary) if ready.data else None,
-        "seed": args.seed,
-        "numerics": numerics,
-        "versions": report.versions(),
-        "run": identity,
-    }

@@ -127,6 +127,8 @@ def plan_table(plan: Plan, limit: int | None) -> RenderableType:
     cost.add_row("host memory", f"about {size(plan.host_bytes)}")
     if plan.device_bytes:
         cost.add_row("device memory", f"about {size(plan.device_bytes)}")
+    if plan.masked:
+        cost.add_row("zeros kept", f"while training, in {len(plan.masked)} linears")
     cost.add_row("calibration data", "; ".join(plan.reads) or "not needed: no forward pass")
     if plan.needs_stats:
         cost.add_row("batch", f"{plan.batch_size} sequences, hidden states on the {plan.hidden_on}")

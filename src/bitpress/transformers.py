@@ -1,4 +1,4 @@
-"""Names that scripts written for other tools import: `SparseAutoModelForCausalLM`, `oneshot`."""
+"""Names that scripts written for other tools import: `SparseAutoModelForCausalLM`, `oneshot`, `train` and so on."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+from bitpress.apply import apply, compress
 from bitpress.oneshot import oneshot
+from bitpress.train import train
 
-__all__ = ["SparseAutoModelForCausalLM", "oneshot"]
+__all__ = ["SparseAutoModelForCausalLM", "apply", "compress", "oneshot", "train"]
 
 
 # what says where on the hub files lie

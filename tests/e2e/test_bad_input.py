@@ -129,11 +129,6 @@ RECIPES = {
     "empty stage": (RecipeError, "a_stage:\n", ["a_stage: has no modifiers"]),
     "missing file": (RecipeError, "no-such-recipe.yaml", ["no-such-recipe.yaml: there is no such recipe file"]),
     "no yaml": (RecipeError, "GPTQModifier: [\n  a: }", ["recipe, line 2", "not valid YAML"]),
-    "not there yet": (
-        RecipeError,
-        {"ConstantPruningModifier": {}},
-        ["ConstantPruningModifier", "not implemented yet", "GPTQModifier"],
-    ),
     "training": (RecipeError, {"run_type": "train", **W4}, ["a training stage, which oneshot does not run"]),
     "twice": (
         PlanError,

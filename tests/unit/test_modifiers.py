@@ -8,7 +8,7 @@ import inspect
 import pytest
 
 from bitpress.errors import RecipeError
-from bitpress.modifiers import MODIFIERS, MODIFIERS_LATER, Modifier
+from bitpress.modifiers import MODIFIERS, Modifier
 from bitpress.modifiers.awq import AWQMapping
 from bitpress.modifiers.quantization import GPTQModifier, QuantizationModifier, SchemeGroup
 from bitpress.schemes import preset
@@ -49,7 +49,6 @@ def test_needs():
 
 
 def test_table_and_docstrings_are_complete():
-    assert not set(MODIFIERS) & set(MODIFIERS_LATER)
     for name, cls in MODIFIERS.items():
         assert cls.__name__ == name
         assert issubclass(cls, Modifier)

@@ -42,7 +42,7 @@ class CalibrationData:
         Raises:
             DataError: batch_size is below 1.
         """
-        _check_positive(batch_size=batch_size)
+        check_positive(batch_size=batch_size)
         by_length: dict[int, list[Tensor]] = {}
         for sequence in self.sequences:
             by_length.setdefault(len(sequence), []).append(sequence)
@@ -108,13 +108,11 @@ def load_calibration(
         DataError: a bad value, data that cannot be found or read, a missing split, column, tokenizer or chat
             template, or no tokens.
     """
-    _check_positive(
+    check_positive(
         num_samples=num_samples,
         max_seq_length=max_seq_length,
         preprocessing_num_workers=preprocessing_num_workers,
     )
-    if preprocessing_func is not None and not callable(preprocessing_func):
-        raise DataError(f"preprocessing_func must be a function of a row, not {preprocessing_func!r}")
     wanted = Wanted(
         split=calibration_split(split, splits),
         config=dataset_config_name,
@@ -124,7 +122,7 @@ def load_calibration(
         trust_remote_code=trust_remote_code,
     )
     source = open_source(dataset, wanted)
-    rows = _preprocess(read_rows(source, shuffle, seed), preprocessing_func)
+    rows = preprocessed(read_rows(source, shuffle, seed), preprocessing_func)
     first = next(rows, None)
     if first is None:
         raise DataError(f"{source.name}: empty: there are no rows. Check the data and the split.")
@@ -146,7 +144,7 @@ def load_calibration(
         special = not pack and reader.kind == "text" and not source.whole_files
         units = _tokenized(rows, reader, tokenizer, skipped, special)
     if pack:
-        ids = _separator_ids(tokenizer, separator, notes)
+        ids = separator_ids(tokenizer, separator, notes)
         # with one document there are no rows to shuffle: windows are chosen instead
         choose = shuffle and hasattr(source.rows, "__len__") and len(source.rows) == 1
         sequences = _packed(units, ids, num_samples, max_seq_length, seed if choose else None)
@@ -169,7 +167,8 @@ class _Skipped:
     count: int = 0
 
 
-def _check_positive(**values: int | None) -> None:
+def check_positive(**values: int | None) -> None:
+    """DataError with every value that is not a whole number of at least 1; None is none."""
     problems = [
         f"{name} must be an integer of at least 1, not {value!r}"
         for name, value in values.items()
@@ -179,7 +178,14 @@ def _check_positive(**values: int | None) -> None:
         raise DataError(problems)
 
 
-def _preprocess(rows: Iterable[tuple[int, Any]], function: Callable[[Any], Any] | None) -> Iterator[tuple[int, Any]]:
+def preprocessed(rows: Iterable[tuple[int, Any]], function: Callable[[Any], Any] | None) -> Iterator[tuple[int, Any]]:
+    """Rows after the user's function; DataError where it fails, or is none."""
+    if function is not None and not callable(function):
+        raise DataError(f"preprocessing_func must be a function of a row, not {function!r}")
+    return _preprocessed(rows, function)
+
+
+def _preprocessed(rows: Iterable[tuple[int, Any]], function: Callable[[Any], Any] | None) -> Iterator[tuple[int, Any]]:
     for number, row in rows:
         if function is not None:
             try:
@@ -219,7 +225,7 @@ def _tokenized(
         size = min(2 * size, CHUNK)
 
 
-def _separator_ids(tokenizer: Any, separator: str | None, notes: list[str]) -> Tensor:
+def separator_ids(tokenizer: Any, separator: str | None, notes: list[str]) -> Tensor:
     """The ids (S,) between two documents."""
     if separator is None:
         if tokenizer.eos_token_id is None:

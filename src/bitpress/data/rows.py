@@ -21,6 +21,7 @@ _ROLES = {
     "bot": "assistant",
     "function_response": "tool",
 }
+Span = tuple[int, int]  # first character and the one after the last
 _CHATS = ("messages", "conversations")
 _ANSWERS = ("response", "completion")
 
@@ -33,11 +34,23 @@ class Reader:
         kind: "ids", "chat" or "text".
         columns: what a row must have; empty for rows that are no mappings.
         read: row -> int64 ids (L,) for kind "ids", else the text ("" where the row has none).
+        answers: row -> where in that text stands what is to be answered: the rest is a prompt, which training does
+            not teach. None: there are no prompts.
     """
 
     kind: str
     columns: tuple[str, ...]
     read: Callable[[Any], Any]
+    answers: Callable[[Any], list[Span]] | None = None
+
+    def spans(self, number: int, row: Any) -> list[Span] | None:
+        """Where the answers of row `number` stand in its text; None: it has no prompt."""
+        if self.answers is None:
+            return None
+        try:
+            return self.answers(row)
+        except DataError as error:
+            raise DataError(f"row {number}: {error}") from error
 
     def __call__(self, number: int, row: Any) -> Any:
         """Read row `number`; a fault names it."""
@@ -86,26 +99,36 @@ def _find_reader(row: Any, tokenizer: Any, text_column: str, registered: Registe
     def chat(messages: Any) -> str:
         return _render(_as_messages(messages), tokenizer)
 
+    def turns(messages: Any) -> list[Span]:
+        return answers_of(_as_messages(messages), tokenizer)
+
     if isinstance(row, str):
         return Reader("text", (), _as_text)
     if not isinstance(row, Mapping):
-        return Reader("chat", (), chat) if _is_conversation(row) else Reader("ids", (), _as_ids)
+        return Reader("chat", (), chat, turns) if _is_conversation(row) else Reader("ids", (), _as_ids)
     if row.get("input_ids") is not None:
         return Reader("ids", ("input_ids",), lambda r: _as_ids(r["input_ids"], r.get("attention_mask")))
     named = text_column != "text"
     if not named and registered is not None and registered.template and set(registered.columns) <= set(row):
-        return Reader("text", registered.columns, registered.text)
+        return Reader("text", registered.columns, registered.text, registered.answer)
     column = next((c for c in ((text_column,) if named else (*_CHATS, "text")) if c in row), None)
     if column is not None:
         if column in _CHATS or _is_conversation(row[column]):
-            return Reader("chat", (column,), lambda r: chat(r[column]))
-        return Reader("text", (column,), lambda r: _as_text(r[column]))
+            return Reader("chat", (column,), lambda r: chat(r[column]), lambda r: turns(r[column]))
+        after = (lambda r: _after_prompt(r, column)) if isinstance(row.get("prompt"), str) else None
+        return Reader("text", (column,), lambda r: _as_text(r[column]), after)
     answer = next((c for c in _ANSWERS if c in row), None)
     if named or answer is None or "prompt" not in row:
         return _missing_column(row, text_column)
     if _is_conversation(row["prompt"]):
-        return Reader("chat", ("prompt", answer), lambda r: chat([*r["prompt"], *r[answer]]))
-    return Reader("text", ("prompt", answer), lambda r: _join(r["prompt"], r[answer]))
+        return Reader(
+            "chat", ("prompt", answer), lambda r: chat([*r["prompt"], *r[answer]]),
+            lambda r: answers_of(_as_messages([*r["prompt"], *r[answer]]), tokenizer, len(r["prompt"])),
+        )  # fmt: skip
+    return Reader(
+        "text", ("prompt", answer), lambda r: _join(r["prompt"], r[answer]),
+        lambda r: _last_part(_join(r["prompt"], r[answer]), _as_text(r[answer])),
+    )  # fmt: skip
 
 
 def _missing_column(row: Mapping[str, Any], text_column: str) -> str:
@@ -140,9 +163,9 @@ def _join(prompt: Any, answer: Any) -> str:
 
 def _as_ids(value: Any, mask: Any = None) -> Tensor:
     """Ids (L,) as int64; positions where the mask is zero are left out."""
-    ids = _as_vector(value, "input_ids")
+    ids = as_vector(value, "input_ids")
     if mask is not None:
-        keep = _as_vector(mask, "attention_mask")
+        keep = as_vector(mask, "attention_mask")
         if keep.shape != ids.shape:
             raise DataError(f"attention_mask has {len(keep)} positions and input_ids has {len(ids)}. Make them equal.")
         ids = ids[keep != 0]
@@ -151,7 +174,8 @@ def _as_ids(value: Any, mask: Any = None) -> Tensor:
     return ids
 
 
-def _as_vector(value: Any, name: str) -> Tensor:
+def as_vector(value: Any, name: str) -> Tensor:
+    """A column of one row as (L,) int64; DataError if it is not one."""
     try:
         vector = torch.as_tensor(value if value is not None else [])
     except (TypeError, ValueError, RuntimeError) as error:
@@ -195,6 +219,55 @@ def _as_message(message: Any) -> dict[str, Any]:
     if "role" not in given:
         raise DataError(f"a message has no 'role' (it has: {_names(given)}). Give role and content, or from and value.")
     return {"content": "", **given}
+
+
+def _last_part(text: str, answer: str) -> list[Span]:
+    return [(len(text) - len(answer), len(text))]
+
+
+def _after_prompt(row: Mapping[str, Any], column: str) -> list[Span]:
+    """What follows the column "prompt" in a text that begins with it; the whole text where it does not."""
+    text, prompt = _as_text(row[column]), row.get("prompt")
+    starts = isinstance(prompt, str) and text.startswith(prompt)
+    return [(len(prompt) if starts and prompt else 0, len(text))]
+
+
+def answers_of(messages: list[dict[str, Any]], tokenizer: Any, first: int = 0) -> list[Span]:
+    """Where the assistant's turns from message `first` on stand in a rendered conversation, closing tokens included.
+
+    Raises:
+        DataError: the template does not let them be found.
+    """
+    whole, spans, at = _render(messages, tokenizer), [], 0
+    for i in range(len(messages)):
+        if messages[i]["role"] != "assistant" or i < first:
+            continue
+        # most templates render a conversation that is cut off as the beginning of the whole one
+        start = _prefix(messages[:i], tokenizer, whole, prompt=True)
+        end = _prefix(messages[: i + 1], tokenizer, whole, prompt=False)
+        if start is None or end is None or not at <= start < end:  # others drop or move parts of earlier turns
+            said = str(messages[i]["content"]).strip()
+            start = whole.find(said, at)
+            if start < 0:
+                raise DataError(
+                    "the assistant's turn cannot be found in what the chat template makes of it; train on prompts too: "
+                    "mask_prompts=False (--no-mask-prompts)"
+                )
+            end = start + len(said)
+        spans.append((start, end))
+        at = end
+    return spans
+
+
+def _prefix(messages: list[dict[str, Any]], tokenizer: Any, whole: str, *, prompt: bool) -> int | None:
+    """The length of a conversation's rendered beginning; None if the whole does not begin with it."""
+    if not messages:
+        return 0
+    try:
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
+    except Exception:  # templates raise what they like, such as for a conversation that ends with the user
+        return None
+    return len(text) if whole.startswith(text) else None
 
 
 def _render(messages: list[dict[str, Any]], tokenizer: Any) -> str:

@@ -11,6 +11,7 @@ from bitpress.errors import DataError, did_you_mean
 
 _PART = re.compile(r"\s*(?P<name>\w+(?:\.\w+)*)\s*(?P<slice>\[[^\]]*\])?")
 _STREAM_SLICE = re.compile(r"\[(\d*):(\d*)\]")
+EVALUATION = ("validation", "eval", "test")
 _FREE_NAMES = ("train", "calibration", "all")
 
 
@@ -28,13 +29,29 @@ def calibration_split(split: Any, splits: Any) -> str | None:
     """
     if split is not None and not isinstance(split, str):
         raise DataError(f"split must be a string such as 'train[:5%]', not {type(split).__name__}")
-    chosen = _from_splits(splits)
+    chosen = _from_splits(splits, ("calibration", "train"))
     if split is not None and chosen is not None and split != chosen:
         raise DataError(f"split='{split}' and splits (calibration: '{chosen}') differ. Give one of them.")
     return split if split is not None else chosen
 
 
-def _from_splits(splits: Any) -> str | None:
+def training_split(splits: Any) -> str | None:
+    """The split to train on: the one for "train", else the only one; None where none was asked for.
+
+    Raises:
+        DataError: a wrong type, or nothing in `splits` is for training.
+    """
+    return _from_splits(splits, ("train",))
+
+
+def evaluation_split(splits: Any) -> str | None:
+    """The split of a dict of splits that is for evaluation ("validation", "eval" or "test"), None if there is none."""
+    if not isinstance(splits, Mapping):
+        return None
+    return next((_as_text(splits[name]) for name in EVALUATION if splits.get(name) is not None), None)
+
+
+def _from_splits(splits: Any, purposes: Sequence[str]) -> str | None:
     if splits is None or isinstance(splits, str):
         return splits
     if isinstance(splits, Mapping):
@@ -45,14 +62,14 @@ def _from_splits(splits: Any) -> str | None:
         raise DataError(f"splits must be a string, a list or a dict, not {type(splits).__name__}")
     if not named:
         return None
-    for purpose in ("calibration", "train"):
+    for purpose in purposes:
         if purpose in named:
             return _as_text(named[purpose])
     if len(named) == 1 and not isinstance(splits, Mapping):
         return _as_text(next(iter(named.values())))
     raise DataError(
-        f"splits has no 'calibration' and no 'train' (it has: {', '.join(named)}). "
-        "Give splits={'calibration': '<split>'}."
+        f"splits has no {' and no '.join(map(repr, purposes))} (it has: {', '.join(named)}). "
+        f"Give splits={{'{purposes[0]}': '<split>'}}."
     )
 
 

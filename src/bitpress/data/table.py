@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,19 @@ class Registered:
     data_files: dict[str, str] | None = None
     revision: str | None = None
     builder: str = ""
+
+    @property
+    def answer(self) -> Callable[[Any], list[tuple[int, int]]] | None:
+        """Where in `text` the answer to the rest stands: the last of several columns; None if there is but one."""
+        if len(self.columns) < 2:
+            return None
+        last = self.columns[-1]
+
+        def span(row: Any) -> list[tuple[int, int]]:
+            text = self.text(row)
+            return [(len(text) - len(row[last] or ""), len(text))]
+
+        return span
 
     @property
     def columns(self) -> tuple[str, ...]:

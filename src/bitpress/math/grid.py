@@ -203,7 +203,7 @@ class Solved:
 
 
 def find_qparams(
-    weight: Tensor, grid: Grid, importance: Tensor | None = None, search: bool = False, share: float = 1.0
+    weight: Tensor, grid: Grid, importance: Tensor | None = None, search: bool = False, share: float | Tensor = 1.0
 ) -> QParams:
     """Scales and zero points of a weight.
 
@@ -219,7 +219,7 @@ def find_qparams(
         grid: the target grid.
         importance: (C,) non-negative weights of the columns, or None for all equal.
         search: search the scale instead of covering the range.
-        share: without search, the share of the range that is covered.
+        share: without search, the share of the range that is covered, one for all or (R, G).
 
     Returns:
         scale (R, G) in `grid.scale_dtype`, zero point (R, G) int8 or None, global scale (1,) float32 or None.
@@ -262,12 +262,15 @@ def least(candidates: Sequence[QParams], losses: Sequence[Tensor], grid: Grid) -
 
 
 def find_all(
-    weights: Sequence[Tensor], grid: Grid, importance: Tensor | None = None, search: bool = False
-) -> list[QParams]:
+    weights: Sequence[Tensor], grid: Grid, importance: Tensor | None = None, search: bool = False,
+    shares: Sequence[Tensor] | None = None,
+) -> list[QParams]:  # fmt: skip
     """`find_qparams` of weights with the same columns; on a fused grid they share what must be shared."""
     if not grid.fused:
-        return [find_qparams(w, grid, importance, search) for w in weights]
-    both = find_qparams(torch.cat(list(weights)), grid, importance, search)
+        given: Sequence[float | Tensor] = [1.0] * len(weights) if shares is None else shares
+        return [find_qparams(w, grid, importance, search, share) for w, share in zip(weights, given, strict=True)]
+    share = 1.0 if shares is None else torch.cat(list(shares))
+    both = find_qparams(torch.cat(list(weights)), grid, importance, search, share)
     ends = list(accumulate(len(w) for w in weights))
     return [both.rows(end - len(w), end) for w, end in zip(weights, ends, strict=True)]
 

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from bitpress.modifiers.awq import AWQModifier
 from bitpress.modifiers.base import Modifier
-from bitpress.modifiers.pruning import MagnitudePruningModifier, SparseGPTModifier, WandaPruningModifier
+from bitpress.modifiers.pruning import (
+    ConstantPruningModifier,
+    MagnitudePruningModifier,
+    SparseGPTModifier,
+    WandaPruningModifier,
+)
 from bitpress.modifiers.quantization import GPTQModifier, QuantizationModifier, SchemeGroup
 from bitpress.modifiers.smoothquant import SmoothQuantModifier
 from bitpress.modifiers.tune import TuneModifier
 
 MODIFIERS: dict[str, type[Modifier]] = {
     "AWQModifier": AWQModifier,
+    "ConstantPruningModifier": ConstantPruningModifier,
     "GPTQModifier": GPTQModifier,
     "MagnitudePruningModifier": MagnitudePruningModifier,
     "QuantizationModifier": QuantizationModifier,
@@ -20,13 +26,10 @@ MODIFIERS: dict[str, type[Modifier]] = {
     "WandaPruningModifier": WandaPruningModifier,
 }
 
-# Names that recipes use and this table does not have yet: an answer, never "unknown".
-MODIFIERS_LATER = ("ConstantPruningModifier",)
-
 __all__ = [
     "MODIFIERS",
-    "MODIFIERS_LATER",
     "AWQModifier",
+    "ConstantPruningModifier",
     "GPTQModifier",
     "MagnitudePruningModifier",
     "Modifier",

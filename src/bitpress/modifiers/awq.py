@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic.dataclasses import dataclass
 
 from bitpress.modifiers.base import CONFIG, Claim, Names
-from bitpress.modifiers.quantization import QuantizationModifier, SchemeGroup
+from bitpress.modifiers.quantization import RoundingModifier, SchemeGroup
 from bitpress.modifiers.smoothing import AWQMapping, ScaleModifier
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ MARGIN = 0.1
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
-class AWQModifier(ScaleModifier, QuantizationModifier):
+class AWQModifier(ScaleModifier, RoundingModifier):
     """Scales the input channels of weights by what the activations say, so that rounding hurts the output least (Lin
     et al. 2023, arXiv 2306.00978). With `scheme` or `config_groups` the weights are then rounded to nearest; without,
     a quantizer follows in the stage, and the scales are chosen for its grid. Needs calibration data.
@@ -93,7 +93,7 @@ class AWQModifier(ScaleModifier, QuantizationModifier):
     def faults(self) -> list[str]:
         found = ScaleModifier.faults(self)
         if self.rounds:
-            found += [f for f in QuantizationModifier.faults(self) if f not in found]
+            found += [f for f in RoundingModifier.faults(self) if f not in found]
         else:
             alone = ("targets", "group_size", "kv_cache_scheme", "observer", "candidates")
             defaults = {f.name: f.default for f in dataclasses.fields(self)}
@@ -112,7 +112,7 @@ class AWQModifier(ScaleModifier, QuantizationModifier):
             "offload_device": "statistics of one block at a time are held",
         }
         found = [f"{key}: has no effect: {idle[key]}" for key in idle if getattr(self, key) is not None]
-        return found + (QuantizationModifier.notes(self) if self.rounds else [])
+        return found + (RoundingModifier.notes(self) if self.rounds else [])
 
     def scale(self, readers: Iterable[Reader], stats: InputStats, columns: Tensor, channels: int) -> Tensor:
         from bitpress.math.awq import best_scale, candidates, relative_weight

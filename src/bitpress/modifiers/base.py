@@ -66,7 +66,8 @@ class Modifier:
         RecipeError: all faults of the values together, each starting with class name and key.
     """
 
-    run_type: ClassVar[Literal["oneshot", "train"]] = "oneshot"
+    run_type: ClassVar[Literal["oneshot", "train"]] = "oneshot"  # of a stage that does not say its own
+    trains: ClassVar[bool] = False  # whether it can be part of a training stage
     # If one of these keys is of the wrong type, the checks across keys would only report echoes of it.
     essential: ClassVar[frozenset[str]] = frozenset()
 

@@ -2,6 +2,6 @@
 
 from bitpress.modifiers.quantization.base import SchemeGroup, SchemeModifier
 from bitpress.modifiers.quantization.gptq import GPTQModifier
-from bitpress.modifiers.quantization.quantization import QuantizationModifier
+from bitpress.modifiers.quantization.quantization import QuantizationModifier, RoundingModifier
 
-__all__ = ["GPTQModifier", "QuantizationModifier", "SchemeGroup", "SchemeModifier"]
+__all__ = ["GPTQModifier", "QuantizationModifier", "RoundingModifier", "SchemeGroup", "SchemeModifier"]

@@ -18,8 +18,37 @@ if TYPE_CHECKING:  # recipes are read without torch
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
-class QuantizationModifier(SchemeModifier):
+class RoundingModifier(SchemeModifier):
+    """What rounds weights to the nearest code; see `QuantizationModifier`."""
+
+    method: ClassVar[str] = "rtn"
+
+    observer: Literal["minmax", "mse"] = "minmax"
+
+    def solve(
+        self, weights: Sequence[Tensor], stats: InputStats | None, group: SchemeGroup, grid: Grid
+    ) -> list[Solved]:
+        from bitpress.math.rtn import round_all
+
+        return round_all(weights, grid, observer=group.observer)
+
+    def _weights_defaults(self) -> tuple[ActOrder, str]:
+        return None, self.observer
+
+    def notes(self) -> list[str]:
+        return super().notes() + [
+            f"config_groups.{group.name}.weights.actorder: has no effect: rounding has no order"
+            for group in self.groups()
+            if group.actorder is not None
+        ]
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class QuantizationModifier(RoundingModifier):
     """Rounds weights to the nearest code. Needs no data unless activations have static scales.
+
+    In a training stage (`run_type: train`) it rounds weights, and inputs where the scheme does, in every forward, and
+    gradients pass through (`bitpress.math.fake`).
 
     Args:
         scheme: preset name such as "W4A16"; see `bitpress.schemes`. Exactly one of scheme and config_groups.
@@ -42,25 +71,10 @@ class QuantizationModifier(SchemeModifier):
             full precision for higher targets, 2 and 3 bits for lower ones.
         observer: how scales are chosen: "minmax" covers every weight, "mse" searches the least squared error.
             Default: "minmax".
+        learn_scales: in a training stage: scales are trained with the weights (LSQ, Esser et al. 2020, arXiv
+            1902.08153) instead of following their range. Default: false.
     """
 
-    method: ClassVar[str] = "rtn"
+    trains: ClassVar[bool] = True
 
-    observer: Literal["minmax", "mse"] = "minmax"
-
-    def solve(
-        self, weights: Sequence[Tensor], stats: InputStats | None, group: SchemeGroup, grid: Grid
-    ) -> list[Solved]:
-        from bitpress.math.rtn import round_all
-
-        return round_all(weights, grid, observer=group.observer)
-
-    def _weights_defaults(self) -> tuple[ActOrder, str]:
-        return None, self.observer
-
-    def notes(self) -> list[str]:
-        return super().notes() + [
-            f"config_groups.{group.name}.weights.actorder: has no effect: rounding has no order"
-            for group in self.groups()
-            if group.actorder is not None
-        ]
+    learn_scales: bool = False

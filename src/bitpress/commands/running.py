@@ -1,0 +1,154 @@
+"""What commands that run something share: their options, the recipe that these describe, the table at the end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection
+from inspect import Parameter, Signature, signature
+from pathlib import Path
+from typing import Any
+
+from bitpress.errors import BitpressError, ConfigError
+from bitpress.options import (
+    BatchSize,
+    Bits,
+    Dataset,
+    DatasetConfig,
+    Dense,
+    Device,
+    DeviceOption,
+    EffortChoice,
+    EffortOption,
+    Fresh,
+    GroupSize,
+    Ignore,
+    MaxMemory,
+    MaxSeqLength,
+    Method,
+    MethodOption,
+    Model,
+    NumSamples,
+    Pack,
+    RecipeFile,
+    Resume,
+    Scheme,
+    Seed,
+    Split,
+    StageName,
+    TextColumn,
+    Trust,
+    TrustPickle,
+    Verify,
+    out,
+)
+
+
+def run_arguments(
+    model: Model,
+    scheme: Scheme = None,
+    bits: Bits = None,
+    group_size: GroupSize = None,
+    method: MethodOption = None,
+    effort: EffortChoice = None,
+    ignore: Ignore = None,
+    recipe: RecipeFile = None,
+    stage: StageName = None,
+    dataset: Dataset = None,
+    dataset_config: DatasetConfig = None,
+    split: Split = None,
+    text_column: TextColumn = "text",
+    num_samples: NumSamples = 512,
+    max_seq_length: MaxSeqLength = 2048,
+    pack: Pack = True,
+    device: DeviceOption = Device.auto,
+    max_memory: MaxMemory = None,
+    batch_size: BatchSize = None,
+    seed: Seed = 42,
+    verify: Verify = True,
+    resume: Resume = False,
+    fresh: Fresh = False,
+    dense: Dense = False,
+    trust_remote_code: Trust = False,
+    trust_pickle: TrustPickle = False,
+) -> dict[str, Any]:
+    """The options of a run, for every command that has them, as arguments of `bitpress.oneshot`."""
+    written = written_recipe(scheme, bits, group_size, method, effort, ignore, recipe)
+    return {
+        "model": model, "dataset": dataset, "recipe": written,
+        "bits": bits, "splits": split, "dataset_config_name": dataset_config, "text_column": text_column,
+        "num_calibration_samples": num_samples, "max_seq_length": max_seq_length, "concatenate_data": pack,
+        "stage": stage, "save_compressed": not dense, "device": device.value, "max_memory": max_memory,
+        "batch_size": batch_size, "seed": seed, "verify": verify, "resume": resume, "fresh": fresh,
+        "trust_remote_code_model": trust_remote_code, "trust_remote_code_data": trust_remote_code,
+        "trust_pickle": trust_pickle,
+    }  # fmt: skip
+
+
+def with_run_arguments(
+    command: Callable[..., None], more: Callable[..., dict[str, Any]] | None = None, without: Collection[str] = ()
+) -> Callable[..., None]:
+    """The command with the options of `run_arguments` besides its own; it gets what they mean as `arguments`.
+
+    Args:
+        more: a function like `run_arguments`, whose options come too; what it returns goes first.
+        without: options of `run_arguments` that this command does not have.
+    """
+    own = {n: p for n, p in signature(command, eval_str=True).parameters.items() if n != "arguments"}
+    shared = {n: p for n, p in signature(run_arguments, eval_str=True).parameters.items() if n not in without}
+    added = {} if more is None else dict(signature(more, eval_str=True).parameters)
+
+    def whole(**given: Any) -> None:
+        mine = {name: given.pop(name) for name in own}
+        extra = {} if more is None else more(**{name: given.pop(name) for name in added})
+        command(arguments={**run_arguments(**given), **extra}, **mine)
+
+    parameters = {**shared, **added, **own}
+    whole.__name__, whole.__doc__ = command.__name__.strip("_"), command.__doc__
+    whole.__annotations__ = {name: p.annotation for name, p in parameters.items()}
+    ordered = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in parameters.values()]
+    whole.__signature__ = Signature(ordered)  # type: ignore[attr-defined]
+    return whole
+
+
+def written_recipe(
+    scheme: str | None,
+    bits: float | None,
+    group_size: int | None,
+    method: Method | None,
+    effort: EffortOption | None,
+    ignore: list[str] | None,
+    recipe: str | None,
+) -> Any:
+    """The recipe that the options describe, or what is wrong with them, to be told with all other faults."""
+    from bitpress.effort import asked_for
+
+    try:
+        found = asked_for(
+            scheme=scheme, bits=bits, group_size=group_size, method=method and method.value,
+            effort=effort and effort.value, ignore=ignore, written=recipe,
+            spelled=lambda n: "--" + n.replace("_", "-"),
+        )  # fmt: skip
+    except ConfigError as error:
+        return error
+    if recipe is not None and not Path(recipe).is_file():
+        return ConfigError(f"--recipe: {recipe}: no such file")
+    return found if recipe is None else Path(recipe)
+
+
+def trains(recipe: Any) -> bool:
+    """Whether a recipe that can be read has a stage that trains."""
+    from bitpress.recipe import Recipe
+
+    try:
+        return any(stage.run_type == "train" for stage in Recipe.load(recipe).stages)
+    except BitpressError:  # told when it is planned
+        return False
+
+
+def summary(folder: Path, verbose: bool) -> None:
+    """Print what a run has left in its folder."""
+    from bitpress import tables
+
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    out.print(tables.report_table(report, None if verbose else 0))
+    out.print(f"checkpoint: {folder.resolve()}", highlight=False)
