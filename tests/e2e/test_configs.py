@@ -89,6 +89,20 @@ def test_staged_2_of_4(base, place):
     assert all(row["mask"] == "2:4" for row in json.loads(Path("out/report.json").read_text())["layers"])
 
 
+def test_staged_with_training(base, place):
+    small = [f"model={base}", "output_dir=out", "dataset=chats.jsonl", "splits=train", "num_calibration_samples=8",
+             "max_seq_length=32", "training.max_steps=2", "training.learning_rate=0.01"]  # fmt: skip
+    run(EXAMPLES / "staged-training.yaml", small)
+    assert list(recipe_of(place / "out")) == ["sparsity_stage", "finetuning_stage", "quantization_stage"]
+    before, after = (tensors(place / f"out/{s}_stage") for s in ("sparsity", "finetuning"))
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert not torch.equal(before[name], after[name]) and torch.equal(before[name] == 0, after[name] == 0)
+    said = "\n".join(fault(EXAMPLES / "staged-training.yaml", *small, "training.learning_rte=1", "output_dir=two"))
+    assert "--set training.learning_rte: " in said and "learning_rate" in said
+    said = "\n".join(fault(EXAMPLES / "staged-2of4.yaml", *small))
+    assert "--set training: the recipe has no training stage" in said or "training: the recipe has no" in said
+
+
 # the same as by hand
 
 

@@ -24,6 +24,7 @@ class RunKeys:
         tokenizer: see `TokenizerKeys`; or the folder or hub id of a tokenizer.
         dataset_spec: see `DatasetKeys`.
         preprocessing_func: dotted path of a function that maps a row to a row.
+        training: arguments of training stages, as of `bitpress.train`.
         trust_remote_code: of model and data at once.
     """
 
@@ -34,6 +35,7 @@ class RunKeys:
     tokenizer: dict[str, Any] | str | None = None
     dataset_spec: dict[str, Any] | None = None
     preprocessing_func: str | None = None
+    training: dict[str, Any] | None = None
     trust_remote_code: bool = False
 
 

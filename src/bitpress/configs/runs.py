@@ -22,6 +22,7 @@ from bitpress.effort import integer_activations
 from bitpress.errors import BitpressError, ConfigError, DataError, did_you_mean
 from bitpress.oneshot import Arguments
 from bitpress.progress import Progress
+from bitpress.recipe import Recipe
 
 SMOOTHING = 0.8
 MAX_LENGTH = 2048
@@ -34,7 +35,7 @@ WRITTEN: dict[str, Any] = {
     "model": str, "output_dir": str, "dataset": str | None, "dataset_path": str | None,
     "recipe": str | dict[str, Any] | list[Any] | None, "splits": str | list[str] | dict[str, str] | None,
 }  # fmt: skip
-NOT_KEYS = ("progress", "tokenizer", "preprocessing_func")
+NOT_KEYS = ("progress", "tokenizer", "preprocessing_func", "verb", "training")
 SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
@@ -44,12 +45,14 @@ class Configured:
 
     Attributes:
         arguments: of `bitpress.oneshot`.
+        training: arguments of training stages; None: there are none, and the run is one-shot.
         generation: for the checkpoint's generation_config.json.
         notes: what the user should know.
     """
 
     document: Document
     arguments: dict[str, Any]
+    training: dict[str, Any] | None = None
     generation: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -85,6 +88,7 @@ def run(
             where it is of one, before weights are loaded.
         NumericsError: as of `bitpress.oneshot`.
     """
+    from bitpress.apply import apply
     from bitpress.checkpoint import write_json
     from bitpress.oneshot import oneshot
     from bitpress.progress import choose_progress
@@ -95,7 +99,10 @@ def run(
     for note in found.notes:
         shown.note(note)
     try:
-        made = oneshot(**found.arguments, progress=shown)
+        if found.training is None:
+            made = oneshot(**found.arguments, progress=shown)
+        else:
+            made = apply(**found.arguments, **found.training, progress=shown)
     except BitpressError as error:
         raise located(found.document, error) from error.__cause__
     if found.generation and ranks.first():
@@ -142,9 +149,10 @@ def load(path: Path, overrides: Sequence[str] = (), **more: Any) -> Configured:
     _tokenizer(checker, own, arguments)
     _data(checker, own, keys, arguments, folder)
     generation = _generation(checker, own.generation)
+    training = _training(checker, own, arguments)
     if checker.faults:
-        raise ConfigError([*checker.faults, *_others(checker, arguments)])
-    return Configured(document, arguments, generation, tuple(notes))
+        raise ConfigError([*checker.faults, *_others(checker, arguments, training)])
+    return Configured(document, arguments, training, generation, tuple(notes))
 
 
 def _recipe(checker: Checker, own: RunKeys, keys: Mapping[str, Any], arguments: dict[str, Any]) -> None:
@@ -174,6 +182,19 @@ def _recipe(checker: Checker, own: RunKeys, keys: Mapping[str, Any], arguments: 
         smoothing["required"] = False
     name = "QuantizationModifier" if keys.get("method") == "rtn" else "GPTQModifier"
     arguments["recipe"] = {"SmoothQuantModifier": smoothing, name: quantizer}
+
+
+def _training(checker: Checker, own: RunKeys, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Arguments of training stages, if there are such stages."""
+    try:
+        stages = Recipe.load(arguments["recipe"]).stages if arguments.get("recipe") is not None else ()
+    except BitpressError:  # is told with all else
+        return own.training
+    if any(stage.run_type == "train" for stage in stages):
+        return own.training or {}
+    if own.training is not None:
+        checker.fault(("training",), "the recipe has no training stage: give one `run_type: train`, or drop it")
+    return None
 
 
 def _tokenizer(checker: Checker, own: RunKeys, arguments: dict[str, Any]) -> None:
@@ -275,9 +296,10 @@ def _generation(checker: Checker, given: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _others(checker: Checker, arguments: dict[str, Any]) -> list[str]:
+def _others(checker: Checker, arguments: dict[str, Any], training: dict[str, Any] | None) -> list[str]:
     """The faults that the rest of the run would have, while some keys are wrong and others stand in for them."""
     from bitpress.prepare import prepare
+    from bitpress.training.arguments import split_options
 
     wrong = {path[0] for path in checker.wrong} | {"" for path in checker.wrong if not path}
     given = {k: v for k, v in arguments.items() if k not in wrong}
@@ -291,6 +313,8 @@ def _others(checker: Checker, arguments: dict[str, Any]) -> list[str]:
         given["dataset"] = [{"input_ids": [0]}]
     if "output_dir" in given:
         given["output_dir"] = Path(given["output_dir"]).expanduser()
+    if training is not None and not wrong & set(RECIPE):
+        given |= {"verb": "apply", "training": split_options(training, ())[1]}
     try:
         prepare(Arguments(**given)).subject.close()
     except BitpressError as error:
@@ -310,6 +334,8 @@ def _located(document: Document, problem: str) -> str:
     path = name.split(",")[0].split(".")
     if colon and document.has(path):
         return f"{document.place(path)}{name[len('.'.join(path)) :]}: {rest}"
+    if colon and document.has(("training", *path)):
+        return f"{document.place(('training', *path))}: {rest}"
     if colon and _at(document.data, ("recipe", path[0])) is not None:
         return f"{document.place(('recipe', *path))}: {rest}"
     if colon and document.has(path[-1:]):  # of a recipe that was made of such keys

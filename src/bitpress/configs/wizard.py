@@ -65,7 +65,10 @@ def _recipe(checker: Checker, key: str, name: Any) -> None:
             (key,), f"'{name}' is no recipe that bitpress has.{hint} Or leave it out and give scheme or recipe"
         )
     elif set(parts[-2:]) & set(TRAINING):
-        checker.fault((key,), f"'{name}' trains and compresses nothing; leave it out and give scheme or recipe")
+        checker.fault(
+            (key,),
+            f"'{name}' trains; leave it out and give a recipe with a training stage, and its arguments in [training]",
+        )
 
 
 def _module(checker: Checker, data: dict[str, Any], table: Any, moved: Moved, notes: list[str]) -> None:
