@@ -1,11 +1,11 @@
-# make demo | test | check: each creates the environment it needs; no hub access, PyPI only.
+# make demo | test | check | docs: each creates the environment it needs; no hub access, PyPI only.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test contract check clean
+.PHONY: demo test contract check docs clean
 
 demo: $(READY)
 	$(BIN)/bitpress demo --output runs/demo
@@ -28,6 +28,11 @@ check: $(READY)
 	$(BIN)/ruff check src tests bench
 	$(BIN)/ruff format --check src tests bench
 	$(BIN)/mypy
+
+docs: $(READY)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "site: build/site/index.html"
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

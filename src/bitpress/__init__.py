@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from bitpress.inspection import inspect_checkpoint
     from bitpress.oneshot import oneshot
     from bitpress.recipe import Recipe
+    from bitpress.scan import scan
     from bitpress.train import train
 
 __version__ = "0.1.0"
@@ -45,6 +46,7 @@ _PUBLIC = {
     "evaluate": "evaluate",
     "inspect_checkpoint": "inspection",
     "oneshot": "oneshot",
+    "scan": "scan",
     "train": "train",
 }
 
@@ -64,6 +66,7 @@ __all__ = [
     "evaluate",
     "inspect_checkpoint",
     "oneshot",
+    "scan",
     "train",
 ]
 

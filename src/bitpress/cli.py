@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,18 +12,22 @@ import typer
 from bitpress import __version__
 from bitpress.commands.compare import compare
 from bitpress.commands.env import env
-from bitpress.commands.running import summary, trains, with_run_arguments, written_recipe
+from bitpress.commands.report import report
+from bitpress.commands.running import sample, summary, trains, with_run_arguments, written_recipe
+from bitpress.commands.scan import scan
 from bitpress.commands.staged import apply, train
 from bitpress.entry import main as main
 from bitpress.options import (
     Device,
     DeviceOption,
     Fresh,
+    Generate,
     Json,
     MaxSeqLength,
     Method,
     NumSamples,
     OutputDir,
+    Prompts,
     Quiet,
     Resume,
     Trust,
@@ -65,13 +70,18 @@ def common(
 def oneshot(
     arguments: dict[str, Any],
     output: OutputDir,
+    prompt: Prompts = None,
+    generate: Generate = True,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
     """Compress a model in one shot. Killed and started again with the same arguments, it goes on where it was."""
     from bitpress.oneshot import oneshot as run
 
-    result = run(**arguments, output_dir=output, progress=choose_progress(not quiet, verbose=verbose))
+    progress = choose_progress(not quiet, verbose=verbose)
+    result = run(**arguments, output_dir=output, prompts=prompt or (), progress=progress)
+    if generate and not prompt:
+        sample(result.folder, progress, arguments)
     if not quiet:
         summary(result.folder, verbose)
 
@@ -84,6 +94,7 @@ def run(
     ] = None,
     resume: Resume = False,
     fresh: Fresh = False,
+    generate: Generate = True,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
@@ -92,6 +103,8 @@ def run(
 
     shown = choose_progress(not quiet, verbose=verbose)
     result = configured(config, sets or (), resume=resume, fresh=fresh, progress=shown)
+    if generate:
+        sample(result.folder, shown, {})
     if not quiet:
         summary(result.folder, verbose)
 
@@ -153,6 +166,8 @@ def evaluate(
 
 app.command()(compare)
 app.command()(env)
+app.command()(report)
+app.command()(scan)
 app.command()(train)
 app.command()(apply)
 
@@ -184,24 +199,26 @@ def demo(
     from bitpress import tables
     from bitpress.demo_model import obtain
     from bitpress.evaluate import evaluate as run
-    from bitpress.evaluate import generate
     from bitpress.oneshot import oneshot as compress
+    from bitpress.report import PAGE
+    from bitpress.samples import PROMPT
 
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     base, target = obtain(output / "SmolLM2-135M-Instruct"), output / "SmolLM2-135M-Instruct-W4A16-G64"
     recipe = written_recipe("W4A16", None, 64, Method.gptq, None, None, None)
     compress(
         base, None, recipe, output_dir=target, num_calibration_samples=num_samples, max_seq_length=max_seq_length,
-        progress=True, fresh=True,
+        prompts=[PROMPT], progress=True, fresh=True,
     )  # fmt: skip
     out.print("comparing, on a text that was not used for calibration ...")
     out.print(tables.evaluation_table(run(base, target, windows=4, length=1024)))
-    prompt = "What is the capital of France, and what is it known for?"
-    out.print(f"\n[bold]{prompt}[/]")
-    for name, folder in (("before", base), ("after", target)):
-        out.print(f"[bold]{name}:[/] ", end="")
-        out.print(generate(folder, prompt, 60), markup=False, highlight=False)
+    for said in json.loads((target / "report.json").read_text(encoding="utf-8"))["generations"]["answers"]:
+        out.print(f"\n[bold]{said['prompt']}[/]")
+        for name in ("before", "after"):
+            out.print(f"[bold]{name}:[/] ", end="")
+            out.print(said[name], markup=False, highlight=False)
     out.print(f"\ncheckpoint: {target.resolve()}", highlight=False)
+    out.print(f"report: {target.resolve() / PAGE}", highlight=False)
 
 
 def _window(number: int, total: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +62,7 @@ def decide(run: Run, journal: Journal | None) -> Decision:
     found = Decision(None if target is None else _allocation(run, target, measured), shares, outliers)
     found = ranks.share(found)  # all have surveyed the same, but bits may differ from GPU to GPU
     if journal is not None:
-        journal.note({"decision": found.to_dict()})
+        journal.note({"decision": found.to_dict(), "phases": run.phases.lap()})
     return found
 
 
@@ -80,7 +81,9 @@ def _allocation(run: Run, target: SizeTarget, measured: Measured) -> Allocation:
         if alike == picks:
             notes.append(f"{best} everywhere is predicted to be best")
         else:
+            clock = time.perf_counter()
             compared = compare(run, target, {"mixed": picks, best: alike})
+            run.timed("comparison", clock)
             won = compared["mixed"] <= compared[best]
             tokens = "the same tokens" if sum(map(len, run.everything)) == 1 else "other tokens"
             notes.append(

@@ -92,11 +92,15 @@ def answer(
     on = device_of(model)
     given = {key: inputs[key].to(on) for key in ("input_ids", "attention_mask")}
     end = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    asked = int(given["input_ids"].shape[1])
+    room = _positions(model) - asked
+    if room < 1:
+        raise DataError(f"the prompt has {asked} tokens, and the model no position after them; give a shorter one")
     start = time.perf_counter()
     with torch.no_grad(), evaluating([model]):
         out = model.generate(
             **given,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=min(max_new_tokens, room),
             max_time=most_seconds,
             do_sample=False,
             temperature=None,
@@ -104,9 +108,17 @@ def answer(
             top_k=None,
             pad_token_id=end,
         )
-    new = out[0, given["input_ids"].shape[1] :].tolist()  # waits for the device
+    new = out[0, asked:].tolist()  # waits for the device
     seconds = time.perf_counter() - start
     return Answer(str(tokenizer.decode(new, skip_special_tokens=True)), len(new), seconds)
+
+
+def _positions(model: Any) -> int:
+    """Tokens that the model can see; as good as no limit where it says nothing."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    found = getattr(config, "max_position_embeddings", None)
+    return found if isinstance(found, int) else 1 << 40
 
 
 def in_memory(model: object) -> bool:

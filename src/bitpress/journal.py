@@ -44,6 +44,7 @@ class Journal:
         done: entries of finished shards, by shard number.
         survey: entries of blocks that a survey has been through, in order.
         decision: what was decided after it; None before.
+        laps: time and memory by phase that earlier attempts have noted, see `bitpress.phases`.
 
     Raises:
         PlanError: the folder holds another run.
@@ -56,6 +57,7 @@ class Journal:
         self.done: dict[int, dict[str, Any]] = {}
         self.survey: list[dict[str, Any]] = []
         self.decision: dict[str, Any] | None = None
+        self.laps: list[dict[str, Any]] = []
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -75,6 +77,7 @@ class Journal:
         head["numerics"] = head["numerics"] or numerics
         self.numerics = head["numerics"] or {}
         for entry in lines[1:]:
+            self.laps += [entry["phases"]] if "phases" in entry else []
             if "shard" not in entry:
                 self._take(entry)
                 continue
@@ -225,8 +228,9 @@ def _clear(output: Path) -> None:
     config.json goes first, so that no half of it looks complete, and report.json last: it says that the rest is ours.
     """
     from bitpress.checkpoint import INDEX
+    from bitpress.report import PAGE
 
-    for name in ("config.json", INDEX, "recipe.yaml", *OF_THE_MODEL, *OF_TRAINING):
+    for name in ("config.json", INDEX, "recipe.yaml", PAGE, *OF_THE_MODEL, *OF_TRAINING):
         (output / name).unlink(missing_ok=True)
     for folder in output.glob("checkpoint-*"):
         if folder.is_dir():

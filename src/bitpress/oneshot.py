@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 DTYPES = ("bfloat16", "float16", "float32")
 
 
+IN_MEMORY = "Greedy. The weights after are those that are stored; activations are not rounded."
+
+
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
     """All arguments of `oneshot`, checked. See there."""
@@ -64,6 +67,7 @@ class Arguments:
     trust_remote_code_model: bool = False
     trust_remote_code_data: bool = False
     trust_pickle: bool = False
+    prompts: tuple[str, ...] = ()
     progress: Progress = field(default_factory=Progress)
     verb: Literal["oneshot", "train", "apply"] = "oneshot"
     training: Training = field(default_factory=Training)
@@ -90,6 +94,8 @@ class Arguments:
             faults += error.problems
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 1 << 63:
             faults.append(f"seed: expected a whole number from 0 to 2^63 - 1, got {self.seed!r}")
+        if any(not isinstance(p, str) or not p.strip() for p in self.prompts):
+            faults.append("prompts: expected texts that are not empty")
         if self.stage is not None and not isinstance(self.stage, str):
             faults.append(f"stage: expected a name, got {self.stage!r}")
         if self.dtype not in (None, "auto", *DTYPES):
@@ -152,6 +158,7 @@ def oneshot(
     trust_remote_code_model: bool = False,
     trust_remote_code_data: bool = False,
     trust_pickle: bool = False,
+    prompts: str | Sequence[str] = (),
     progress: Progress | bool | None = None,
 ) -> Any:
     """Compress a model in one shot.
@@ -207,6 +214,7 @@ def oneshot(
         fresh: delete what an earlier run left in `output_dir` and start anew.
         trust_remote_code_model, trust_remote_code_data: run code that the model or the dataset brings.
         trust_pickle: read pickle weights (pytorch_model.bin) where a model has no others; reading them can run code.
+        prompts: answered by the model before and after, for the report; that loads it whole, once the run is over.
         progress: what to say while working. None: a live display if stderr is a terminal, else nothing; True: also
             without a terminal, a line a block; False: nothing; or an object of `bitpress.progress`.
 
@@ -232,14 +240,16 @@ def oneshot(
         device=device, max_memory=max_memory, batch_size=batch_size,
         min_expert_tokens=min_expert_tokens, seed=seed, verify=verify, resume=resume, fresh=fresh,
         trust_remote_code_model=trust_remote_code_model, trust_remote_code_data=trust_remote_code_data,
-        trust_pickle=trust_pickle, progress=choose_progress(progress),
+        trust_pickle=trust_pickle, prompts=(prompts,) if isinstance(prompts, str) else tuple(prompts),
+        progress=choose_progress(progress),
     )  # fmt: skip
     return run(arguments)
 
 
 def run(args: Arguments) -> Any:
     """What `oneshot`, `train` and `apply` do."""
-    from bitpress import journal
+    from bitpress import journal, samples
+    from bitpress.report import write_report
     from bitpress.result import SavedModel, attach
     from bitpress.stages import run_stages
 
@@ -255,12 +265,18 @@ def run(args: Arguments) -> Any:
     place = ready.output
     if place is not None and args.training.overwrite and ranks.from_first(lambda: not journal.same(place, identity)):
         args = replace(args, fresh=True)
+    streamed, before = ready.subject.streamed, list[str]()
     try:
         if place is not None and ranks.from_first(
             lambda: journal.prepare(place, identity, fresh=args.fresh, resume=args.resume)
         ):
             args.progress.note(f"{place}: complete already, nothing to do")
-            return SavedModel(place) if ready.subject.streamed else _loaded_into(args, ready)
+            if not streamed:
+                return _loaded_into(args, ready)
+            _sample(args, ready, place)
+            return SavedModel(place)
+        if args.prompts and not streamed:
+            before = samples.told(ready.subject.model, ready.tokenizer, args.prompts)
         done = run_stages(args, ready, identity, started)
         if args.verb == "apply" and args.stage is None and not ready.subject.streamed:
             return _loaded_into(args, ready)  # stages may have been finished before
@@ -268,10 +284,31 @@ def run(args: Arguments) -> Any:
         ready.subject.close()
     if args.verb == "apply" and args.stage is not None:
         return SavedModel(args.output_dir / ready.recipe.stage(args.stage).name)  # type: ignore[operator]  # checked
-    if ready.subject.streamed:
+    if streamed:
         assert place is not None
+        _sample(args, ready, place)
         return SavedModel(place)
-    return attach(ready.subject.model, done.plan, done.solved, done.caches, done.recipe.to_yaml(), done.report)
+    report = done.report
+    if args.prompts:
+        after = samples.told(ready.subject.model, ready.tokenizer, args.prompts)
+        report = {**report, "generations": samples.section(args.prompts, before, after, IN_MEMORY)}
+        if place is not None and ranks.first():
+            write_report(place, report, samples.recipe_of(place))
+    return attach(ready.subject.model, done.plan, done.solved, done.caches, done.recipe.to_yaml(), report)
+
+
+def _sample(args: Arguments, ready: Prepared, place: Path) -> None:
+    """Answers of a streamed model and of its checkpoint, for the report."""
+    from bitpress import samples
+
+    if not args.prompts or not ranks.first():
+        return
+    why = samples.add(
+        place, args.model, args.prompts, tokenizer=ready.tokenizer, device=str(ready.device),
+        trust_remote_code=args.trust_remote_code_model, trust_pickle=args.trust_pickle,
+    )  # fmt: skip
+    if why:
+        args.progress.note(why)
 
 
 def _loaded_into(args: Arguments, ready: Prepared) -> Any:

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from bitpress.errors import DataError
+
 out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
 
@@ -87,3 +89,19 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Delete what an earlier run
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="Prompt that each answers; repeatable.")]
+Generate = Annotated[bool, typer.Option(help="Answer a prompt before and after, for the report, where memory allows.")]
+PromptFile = Annotated[Path | None, typer.Option("--prompts", help="Text file with a prompt a line.")]
+
+
+def read_prompts(file: Path | None) -> list[str]:
+    """A prompt from every line that is not empty; DataError if there is none."""
+    if file is None:
+        return []
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise DataError(f"--prompts: {file}: cannot be read ({error}); give a text file with a prompt a line") from None
+    if not (found := [line.strip() for line in lines if line.strip()]):
+        raise DataError(f"--prompts: {file}: holds no prompt; write one a line")
+    return found

@@ -26,6 +26,7 @@ from bitpress.errors import CheckpointError
 from bitpress.journal import Journal
 from bitpress.math.grid import Solved
 from bitpress.plan import Plan
+from bitpress.report import write_report
 from bitpress.schemes import Scheme
 from bitpress.sites import Site, stored_spec
 from bitpress.subject import Subject
@@ -91,12 +92,14 @@ class Output:
         last: bool,
         changed: Mapping[str, torch.Tensor] | None = None,
         beside: Mapping[str, torch.Tensor] | None = None,
+        phases: Mapping[str, Any] | None = None,
     ) -> None:
         """Write a shard: the stored tensors of `keys`, the solved ones in their format. Only the first process does.
 
         Args:
             changed: tensors that take the place of stored ones, by module tensor name.
             beside: more tensors, by name on disk.
+            phases: for the journal, what was spent since the last shard.
 
         Raises:
             CheckpointError: what is read back is not what was solved, of this shard or of the one before.
@@ -116,12 +119,12 @@ class Output:
             tensors |= subject.extra()
         compared = solved if self.verify else ()
         if self._writer is None:
-            self._save(shard, tensors, compared, rows)
+            self._save(shard, tensors, compared, rows, phases or {})
             return
         self.settle()
         ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
         ready.record()
-        self._waiting = self._writer.submit(self._save_beside, ready, shard, tensors, compared, rows)
+        self._waiting = self._writer.submit(self._save_beside, ready, shard, tensors, compared, rows, phases or {})
 
     def settle(self) -> None:
         """Wait for the shard that is being written.
@@ -149,6 +152,7 @@ class Output:
         tensors: dict[str, torch.Tensor],
         compared: Sequence[tuple[Site, Solved]],
         rows: list[dict[str, Any]],
+        phases: Mapping[str, Any],
     ) -> None:
         """Write a file, read linears back to compare them, and say in the journal that it is finished."""
         file = self.work / f"model-{shard + 1:05d}-of-{self.shards:05d}.safetensors"
@@ -162,8 +166,11 @@ class Output:
                 )
         sizes = {name: t.numel() * t.element_size() for name, t in sorted(tensors.items())}
         self.journal.add(
-            {"shard": shard, "file": file.name, "bytes": file.stat().st_size, "tensors": sizes, "rows": rows}
-        )
+            {
+                "shard": shard, "file": file.name, "bytes": file.stat().st_size, "tensors": sizes, "rows": rows,
+                "phases": phases,
+            }
+        )  # fmt: skip
 
     def finish(self, subject: Subject, plan: Plan, recipe: str, report: dict[str, Any], tokenizer: Any) -> None:
         """Complete the folder: tokenizer and the rest, report, index, shards in place, config.json, in this order."""
@@ -175,7 +182,7 @@ class Output:
         if tokenizer is not None and hasattr(tokenizer, "save_pretrained"):
             tokenizer.save_pretrained(self.folder)
         write_text(self.folder / "recipe.yaml", recipe)
-        write_json(self.folder / "report.json", report)
+        write_report(self.folder, report, recipe)
         write_index(self.folder, {e["file"]: e["tensors"] for e in entries})
         for entry in entries:
             if (self.work / entry["file"]).is_file():

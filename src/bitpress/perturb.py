@@ -15,6 +15,7 @@ from bitpress.errors import NumericsError
 from bitpress.formats import grid_of
 from bitpress.math.grid import dequantize, find_all, quantize, relative_error
 from bitpress.math.stats import InputStats
+from bitpress.math.wanda import wanda
 from bitpress.modifiers.quantization import SchemeGroup, SchemeModifier
 from bitpress.run import Run
 from bitpress.sites import Site
@@ -67,10 +68,13 @@ def statistics(
 
 
 def rounding_error(rows: Tensor, choice: Choice, stats: InputStats, site: Site) -> float:
-    """Share of output energy lost by rounding some rows (r, C) to nearest with searched scales."""
+    """Share of output energy lost by rounding some rows (r, C) to nearest with searched scales, or by halving them."""
+    gram = stats.needed_gram
+    if choice.pruning is not None:
+        (kept,) = wanda([rows], stats, 0.5, choice.pruning.structure)
+        return float(relative_error(rows, kept, gram))
     assert choice.group is not None
     grid = grid_of(choice.group.scheme, site.dtype)
-    gram = stats.needed_gram
     (qparams,) = find_all([rows], grid, gram.diagonal(), search=True)
     return float(relative_error(rows, dequantize(quantize(rows, qparams, grid), qparams), gram))
 
@@ -79,12 +83,12 @@ def solved(run: Run, choice: Choice, sites: Sequence[Site], stats: InputStats) -
     """Weights of linears that read the same input as the run's own solver leaves them, without its refinements."""
     if not sites:
         return {}
-    if choice.group is None:
+    if choice.group is None and choice.pruning is None:
         return {s.module: weight_of(run.subject.model, s.module).to(s.dtype) for s in sites}
     steps = [
-        replace(step, modifier=step.modifier.quick())
+        replace(step, modifier=step.modifier.quick()) if isinstance(step.modifier, SchemeModifier) else step
         for step in with_choice(sites[0], choice).steps
-        if isinstance(step.claim, SchemeGroup) and isinstance(step.modifier, SchemeModifier)
+        if isinstance(step.claim, SchemeGroup) or choice.pruning is not None
     ]
     weights = [weight_of(run.subject.model, s.module).float() for s in sites]
     try:

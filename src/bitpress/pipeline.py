@@ -171,7 +171,10 @@ def _store(
         keys = run.subject.keys(prefix)
         earlier = [s for s in run.plan.inherited if s.key in keys]
         solved += [(s, run.inherited(s)) for s in earlier if run.inherited is not None]
-        run.output.write(shard, run.subject, keys, solved, rows, last=prefix is None, beside=scales, changed=changed)
+        run.output.write(
+            shard, run.subject, keys, solved, rows, last=prefix is None, beside=scales, changed=changed,
+            phases=run.phases.lap(),
+        )  # fmt: skip
 
 
 def _kept(run: Run, solved: list[tuple[Site, Solved]]) -> list[tuple[Site, Solved]]:

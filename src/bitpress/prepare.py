@@ -77,6 +77,7 @@ def prepare(args: Arguments) -> Prepared:
     training: TrainingSets | None = None
     teacher: dict[str, Any] | None = None
     tokenizer: Any = None
+    unusable = ""
     output = args.output_dir
     with faults:
         args.check()
@@ -115,6 +116,10 @@ def prepare(args: Arguments) -> Prepared:
                     data = preparedata.calibration(args, subject, tokenizer, unusable)
                 elif args.dataset is not None:
                     preparedata.find(args)
+        with faults:
+            if args.prompts and tokenizer is None and args.tokenizer is None and subject is not None:
+                why = unusable or "give tokenizer"
+                raise ConfigError(f"prompts: need a tokenizer, and the model brings none; {why}")
         if trains and sound:
             with faults:
                 training = preparedata.training_sets(args, subject, tokenizer)

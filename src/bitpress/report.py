@@ -1,10 +1,11 @@
-"""What a run did, a row a layer: for report.json and the terminal."""
+"""What a run did, a row a layer: for report.json, report.html and the terminal."""
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from bitpress.prepare import Prepared
     from bitpress.stages import Done
 
+PAGE = "report.html"
 PACKAGES = ("torch", "transformers", "compressed-tensors", "safetensors")
 
 
@@ -59,6 +61,18 @@ class LayerReport:
         if row["tuned"] is None:
             del row["tuned"]
         return row
+
+
+def write_report(folder: Path, report: dict[str, Any], recipe: str) -> None:
+    """Write report.json and the page of it, each whole or not at all; what is no run's report has no page."""
+    from bitpress.checkpoint import write_json, write_text
+    from bitpress.views.run import run_page
+
+    if "totals" in report:
+        write_text(folder / PAGE, run_page(report, recipe, folder.resolve().name))
+    else:
+        (folder / PAGE).unlink(missing_ok=True)
+    write_json(folder / "report.json", report)
 
 
 def versions() -> dict[str, str]:
@@ -112,12 +126,11 @@ def of_run(
     identity: dict[str, Any],
     numerics: dict[str, Any],
     seconds: float,
-    phases: Mapping[str, float],
 ) -> dict[str, Any]:
     """report.json of a stage, and of the stages before it.
 
     Args:
-        seconds: since the run began; `phases`: of this stage, by what was done.
+        seconds: since this attempt of the run began.
     """
     import resource
 
@@ -126,16 +139,18 @@ def of_run(
     sizes, rows = {s.name: s.rows * s.columns for s in (*ready.plan.sites, *ready.plan.masked)}, done.rows
     targets = [p.target for p in ready.plans if p.target is not None]
     dense = {s.name: 8.0 * s.dtype.itemsize for t in targets for g in t.groups for s in g.sites}
-    cuda = ready.device.type == "cuda"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    device_peak = torch.cuda.max_memory_allocated(ready.device) if ready.device.type == "cuda" else 0
     return {
         "layers": rows,
         "totals": {
             **totals(rows, sizes, dense),
             "output_bytes": plan.output_bytes,
-            "seconds": round(seconds, 2),
-            "seconds_by_phase": {k: round(v, 2) for k, v in phases.items()},
-            "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            "peak_device_bytes": torch.cuda.max_memory_allocated(ready.device) if cuda else 0,
+            "seconds": round(done.phases.earlier + seconds, 2),
+            **done.phases.to_dict(),
+            **({"resumed_shards": done.resumed} if done.resumed else {}),
+            "peak_host_bytes": max(peak, *done.phases.host.values()),
+            "peak_device_bytes": max(device_peak, *done.phases.device.values()),
         },
         **done.surveys,
         "ignored": list(plan.ignored),

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from bitpress import ranks
 from bitpress.blocks import Batch
 from bitpress.math.grid import Solved
 from bitpress.output import Output
+from bitpress.phases import Phases
 from bitpress.plan import Plan
 from bitpress.progress import Progress
 from bitpress.report import LayerReport
@@ -36,7 +36,7 @@ class Run:
         rows: reports of the layers, as plain data.
         solved: for a model in memory: every solved linear without its codes and weight.
         caches: for a model in memory: scales of caches, by name on disk.
-        seconds: time by phase.
+        phases: time and memory by phase.
     """
 
     subject: Subject
@@ -48,6 +48,7 @@ class Run:
     starved_below: int = STARVED
     inherited: Callable[[Site], Solved] | None = None
     seed: int = 0
+    phases: Phases = field(default_factory=Phases)
 
     def __post_init__(self) -> None:
         self.parts = [range(0)]  # of each process: numbers of its batches
@@ -59,12 +60,10 @@ class Run:
         self.rows: list[dict[str, Any]] = []
         self.solved: list[tuple[Site, Solved]] = []
         self.caches: dict[str, Tensor] = {}
-        self.seconds: dict[str, float] = {}
 
     def timed(self, phase: str, start: float) -> float:
-        now = time.perf_counter()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - start
-        return now
+        """A phase that began at `start` is over; returns now."""
+        return self.phases.add(phase, start)
 
 
 Result = tuple[LayerReport, Site, Solved]

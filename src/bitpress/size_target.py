@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from bitpress.math.allocate import allocate, nearest
-from bitpress.modifiers.base import Claim
+from bitpress.modifiers.base import Claim, PruningModifier
 from bitpress.modifiers.quantization import SchemeGroup, SchemeModifier
 from bitpress.schemes import UNQUANTIZED, preset
 
@@ -29,10 +29,11 @@ SIZES = (32, 64, 128, -1)  # group sizes that vLLM's kernels serve; -1: one scal
 
 @dataclass(frozen=True)
 class Choice:
-    """A scheme that a group can take: None leaves it in full precision."""
+    """A scheme that a group can take: None leaves it in full precision, or prunes it, to see what that does."""
 
     label: str
     group: SchemeGroup | None
+    pruning: PruningModifier | None = None
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ def find_target(modifiers: Sequence[Any], sites: Sequence[Site]) -> tuple[SizeTa
         choices[choice.label] = choice
     groups, faults = [], []
     for name, together in fusion_groups(mine).items():
-        sizes = {c.label: size for c in choices.values() if (size := _size(together, c)) is not None}
+        sizes = {c.label: size for c in choices.values() if (size := stored_bits(together, c)) is not None}
         if not sizes:
             faults.append(f"{together[0].name}: no candidate of bits fits its {together[0].columns} input columns")
         groups.append(FusionGroup(name, tuple(together), sizes))
@@ -219,7 +220,7 @@ def usual(modifier: SchemeModifier, sites: Sequence[Site], bits: float) -> list[
     four = _family(modifier, 4, both=True)
     reach = []
     for together in fusion_groups(sites).values():
-        fit = [size for claim in four if (size := _size(together, _choice(claim))) is not None]
+        fit = [size for claim in four if (size := stored_bits(together, _choice(claim))) is not None]
         reach.append((min(fit, default=0), max(fit, default=0)))
     weights = sum(s.rows * s.columns for s in sites)
     least, most = (sum(end) / weights for end in zip(*reach, strict=True))
@@ -249,7 +250,7 @@ def _choice(claim: Claim) -> Choice:
     return Choice(DENSE, None)
 
 
-def _size(sites: Sequence[Site], choice: Choice) -> int | None:
+def stored_bits(sites: Sequence[Site], choice: Choice) -> int | None:
     """Stored bits of linears with a choice, None if it does not fit one of them, or no client loads it there."""
     from bitpress.clients import loads_as_experts
     from bitpress.sites import bits_per_weight, fits
@@ -267,6 +268,11 @@ def _size(sites: Sequence[Site], choice: Choice) -> int | None:
 
 def with_choice(site: Site, choice: Choice) -> Site:
     """The site as the choice makes it; without steps if nothing is left to do."""
+    if choice.pruning is not None:
+        from bitpress.sites import Step
+
+        (claim,) = choice.pruning.claims()
+        return replace(site, steps=(Step(choice.pruning, claim, choice.pruning.sparsity_at(claim, site.block, 0)),))
     steps = (
         step if not isinstance(step.claim, SchemeGroup) else None if choice.group is None
         else replace(step, claim=replace(choice.group, name=choice.label))

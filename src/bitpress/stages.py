@@ -24,6 +24,7 @@ from bitpress.errors import PlanError
 from bitpress.math.grid import Solved, quantize
 from bitpress.numerics import adopt, frozen, numerics_of
 from bitpress.output import Output, read_site
+from bitpress.phases import Phases
 from bitpress.plan import Plan, settle, whole
 from bitpress.recipe import Recipe
 from bitpress.run import Run
@@ -48,6 +49,8 @@ class Done:
         solved: for a model in memory: its quantized linears, without codes.
         caches: for a model in memory: scales of caches, by name on disk.
         surveys: sections of the report.
+        phases: time and memory of all stages.
+        resumed: shards of the last stage that an earlier attempt has finished.
         report: of the last stage.
     """
 
@@ -57,6 +60,8 @@ class Done:
     solved: list[tuple[Site, Solved]] = field(default_factory=list)
     caches: dict[str, Tensor] = field(default_factory=dict)
     surveys: dict[str, Any] = field(default_factory=dict)
+    phases: Phases = field(default_factory=Phases)
+    resumed: int = 0
     report: dict[str, Any] = field(default_factory=dict)
 
 
@@ -69,7 +74,8 @@ def run_stages(args: Arguments, ready: Prepared, identity: dict[str, Any], start
     """
     places = _places(args, ready)
     chosen = _chosen(args, ready)
-    done, first = Done(ready.plan, ready.recipe), 0
+    done, first = Done(ready.plan, ready.recipe, phases=Phases(ready.device)), 0
+    done.phases.add("prepare", started)
     if ready.output is not None and (len(places) > 1 or args.verb == "apply"):
         work = ready.output / journal.WORK
         ranks.from_first(lambda: journal.Journal(work, identity, None))  # claims the folder for this run
@@ -84,7 +90,7 @@ def run_stages(args: Arguments, ready: Prepared, identity: dict[str, Any], start
                 f"{ready.recipe.stages[chosen.start].name} goes on from it: run it first, or all, without stage"
             )
         if first:
-            done = _taken_up(places[first - 1], ready, first)
+            _take_up(done, places[first - 1], ready, first)
             args.progress.note(f"stage {ready.recipe.stages[first - 1].name} is finished; going on from there")
     for i in range(first, chosen.stop):
         subject, place = ready.subject, places[i]
@@ -120,8 +126,9 @@ def _claim(args: Arguments, place: Path, identity: dict[str, Any]) -> None:
 def _complete(ready: Prepared, last: Path | None, identity: dict[str, Any]) -> None:
     """The last stage's checkpoint becomes that of the whole run."""
     assert ready.output is not None and last is not None
-    report_of_last = json.loads((last / "report.json").read_text(encoding="utf-8"))
-    link_checkpoint(last, ready.output, {**report_of_last, "run": identity})
+    whole_report = {**json.loads((last / "report.json").read_text(encoding="utf-8")), "run": identity}
+    link_checkpoint(last, ready.output, whole_report)
+    report.write_report(ready.output, whole_report, (last / "recipe.yaml").read_text(encoding="utf-8"))
     shutil.rmtree(ready.output / journal.WORK)
 
 
@@ -160,17 +167,21 @@ def _finished(args: Arguments, places: list[Path | None], ready: Prepared, ident
     return 0
 
 
-def _taken_up(place: Path | None, ready: Prepared, i: int) -> Done:
-    """What the stages before stage `i` have made; puts their weights into a model in memory."""
+def _take_up(done: Done, place: Path | None, ready: Prepared, i: int) -> None:
+    """Add what the stages before stage `i` have made; puts their weights into a model in memory."""
     assert place is not None
-    rows = json.loads((place / "report.json").read_text(encoding="utf-8"))["layers"]
-    done = Done(ready.plan, ready.recipe, rows)
+    held = json.loads((place / "report.json").read_text(encoding="utf-8"))
+    done.rows = held["layers"]
+    peaks = held["totals"].get("peak_bytes_by_phase", {})
+    done.phases.went_before({
+        phase: {"seconds": seconds, **peaks.get(phase, {"host": 0, "device": 0})}
+        for phase, seconds in held["totals"]["seconds_by_phase"].items()
+    })  # fmt: skip
     if isinstance(ready.subject, ModuleSubject) and i < len(ready.plans):
         source = Source(place)
         for key, disk in ready.subject.layout.disk_of.items():
             ready.subject.assign({key: source.read([disk])[disk]})
         done.solved = [(s, replace(_stored(source, s), codes=None)) for s in ready.plans[i].inherited]
-    return done
 
 
 def _say(args: Arguments, ready: Prepared, i: int, done: Done, place: Path | None) -> None:
@@ -224,6 +235,9 @@ def _run_stage(
         ranks.agreed(log.visible)
         if log.done:
             args.progress.note(f"{len(log.done)} of {len(plan.shards)} shards are finished; going on from there")
+        for lap in log.laps:
+            done.phases.went_before(lap)
+        done.resumed = len(log.done)
         numerics = adopt(log.numerics, numerics, place)
         packed = args.save_compressed and last
         output = Output(
@@ -241,7 +255,7 @@ def _run_stage(
         batches = list(ready.data.batches(numerics["batch_size"]))
     run = Run(
         subject, plan, batches, ready.device, output, args.progress, starved_below=args.min_expert_tokens,
-        inherited=inherited, seed=args.seed,
+        inherited=inherited, seed=args.seed, phases=done.phases,
     )  # fmt: skip
     if plan.surveys:
         with frozen(numerics):
@@ -262,7 +276,7 @@ def _run_stage(
     done.rows += [{**row, "stage": stage.name} for row in run.rows] if several else run.rows
     done.solved += run.solved
     done.caches |= run.caches
-    done.report = report.of_run(args, ready, plan, done, identity, numerics, time.perf_counter() - started, run.seconds)
+    done.report = report.of_run(args, ready, plan, done, identity, numerics, time.perf_counter() - started)
     text = done.recipe if last else replace(ready.recipe, stages=(done.recipe.stages[i],))
     if output is not None:
         tokenizer = None if args.tokenizer is None and subject.folder else ready.tokenizer

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -123,9 +124,13 @@ class Measured:
             probes = self.kl[group.name]
             known = {c: self._error(group, c) for c in group.sizes if c != DENSE}
             mine = {DENSE: 0.0} if DENSE in group.sizes else {}
+            widths = {p: _width(target, p) for p in probes if target.choices[p].group is not None}
             for label, error in known.items():
+                if label not in widths and label in probes:  # no width
+                    mine[label] = probes[label]
+                    continue
                 width = _width(target, label)
-                near = min((abs(_width(target, p) - width), p) for p in probes)[1]
+                near = min((abs(w - width), p) for p, w in widths.items())[1]
                 share = error / known[near] if known[near] > 0 else 0.0
                 mine[label] = probes[near] * share
             found[group.name] = mine
@@ -152,30 +157,37 @@ def probes_of(target: SizeTarget, group: FusionGroup) -> list[str]:
     return [mine[len(mine) // 2] for mine in middle]
 
 
-def survey(run: Run, journal: Journal | None) -> Measured:
-    """Measure what the plan's size target and profiles ask for; goes on where a killed survey was."""
-    return _Survey(run, journal).execute()
+Labels = Callable[[SizeTarget, FusionGroup], list[str]]
+
+
+def survey(run: Run, journal: Journal | None, labels: Labels = probes_of) -> Measured:
+    """Measure what the plan's size target and profiles ask for; goes on where a killed survey was.
+
+    Args:
+        labels: of a group, what is measured by running the model.
+    """
+    return _Survey(run, journal, labels).execute()
 
 
 class _Survey:
-    def __init__(self, run: Run, journal: Journal | None) -> None:
-        self.run, self.journal = run, journal
+    def __init__(self, run: Run, journal: Journal | None, labels: Labels) -> None:
+        self.run, self.journal, self.labels = run, journal, labels
         self.target, self.profiles = run.plan.target, run.plan.profiles
         self.groups = () if self.target is None else self.target.groups
         self.found = Measured()
         self.data = Data.of(run.everything)  # every process surveys all of it
-        self.whole, self.probe = self.data.whole, self.data.probe if self.groups else []
         self.probes: dict[int | None, list[tuple[FusionGroup, str]]] = {}
         for group in self.groups:
             mine = [(group, label) for label in self._labels(group)]
             self.probes.setdefault(group.sites[0].block, []).extend(mine)
             self.found.kl[group.name] = {}
+        self.whole, self.probe = self.data.whole, self.data.probe if any(self.probes.values()) else []
         where, folder = self._place(), None if journal is None else journal.folder
         self.now, self.next = HiddenStates(where, run.device, folder), HiddenStates(where, run.device, folder)
 
     def _labels(self, group: FusionGroup) -> list[str]:
         assert self.target is not None
-        return probes_of(self.target, group)
+        return self.labels(self.target, group)
 
     def _place(self) -> str:
         """Where hidden states are kept."""
@@ -191,6 +203,7 @@ class _Survey:
 
     def execute(self) -> Measured:
         subject, total = self.run.subject, len(self.run.subject.blocks)
+        self._clock = time.perf_counter()
         first = self._resume()
         if first > total:
             return self.found
@@ -347,6 +360,7 @@ class _Survey:
 
     def _save(self, index: int) -> None:
         """Journal a block, after the hidden states that the next one goes on with."""
+        self._clock = self.run.timed("survey", self._clock)
         if self.journal is None:
             return
         total = len(self.run.subject.blocks)
@@ -365,7 +379,7 @@ class _Survey:
             entry["outliers"] = self.found.outliers[index]
         else:
             entry["kl"] = self.found.kl
-        self.journal.note(entry)
+        self.journal.note({**entry, "phases": self.run.phases.lap()})
         if index > 0:
             shutil.rmtree(self._folder(index - 1), ignore_errors=True)
 

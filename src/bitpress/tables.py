@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from bitpress.inspection import Inspection
     from bitpress.plan import Plan
     from bitpress.recognise import QuantizedLayer
+    from bitpress.scan import Scan
     from bitpress.sites import Site
 
 
@@ -78,6 +79,37 @@ COMPARED: dict[str, Callable[[Compared], str]] = {
     "KL, 99 % (nats)": lambda m: _or(m.kl_p99, ".5f"),
     "same top token": lambda m: _or(m.top1, ".2%"),
 }
+
+
+def scan_table(scan: Scan, *, whole: bool) -> RenderableType:
+    """Errors by kind of layer (or of each, `whole`) and width, the curve, and what is suggested."""
+    from bitpress.scan import COLUMNS
+    from bitpress.views.charts import curve_text
+    from bitpress.views.scan import UNIT, kinds_of
+
+    heads = [f"{c} bits" if c.isdigit() else c for c in COLUMNS]
+    table = Table(caption=Text(f"{UNIT[scan.measure]}{'' if whole else '; mean and worst of each kind'}"))
+    table.add_column("linears", overflow="fold")
+    for name in heads:
+        table.add_column(name, justify="right")
+    rows = {x.name: [x] for x in scan.layers} if whole else kinds_of(scan.layers)
+    for name, mine in rows.items():
+        found = [[x.errors[c] for x in mine if c in x.errors] for c in COLUMNS]
+        cells = (f"{sum(e) / len(e):.2g}" + ("" if whole else f" {max(e):.2g}") if e else "" for e in found)
+        table.add_row(Text(name), *cells)
+    uniform = {c: (p.bits_per_weight, p.error) for c, p in scan.uniform.items() if c.isdigit()}
+    chosen = None if scan.suggestion is None else (scan.suggestion.point.bits_per_weight, scan.suggestion.point.error)
+    plot = curve_text([(p.bits_per_weight, p.error) for p in scan.curve], uniform, chosen)
+    star = "" if chosen is None else "; *: the suggestion"
+    under = f"error by stored bits per weight; dots: the best mixture of a size; a digit: that width everywhere{star}"
+    parts: list[RenderableType] = [table, Text(f"\n{plot}\n{under}\n")]
+    if (made := scan.suggestion) is not None:
+        schemes = ", ".join(f"{n / sum(made.schemes.values()):.0%} {s}" for s, n in made.schemes.items())
+        point = (
+            f"{made.point.bits_per_weight:.3f} bits per weight, {size(made.point.bytes)}, error {made.point.error:.4g}"
+        )
+        parts.append(Text(f"suggested for {made.asked}: {point}; {schemes}"))
+    return Group(*parts, *(Text(f"note: {note}") for note in scan.notes))
 
 
 def inspection_table(inspection: Inspection, limit: int | None = None) -> RenderableType:

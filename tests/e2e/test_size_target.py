@@ -221,7 +221,7 @@ def start(place, out, *more):
 
 
 def digests(folder):
-    names = [f for f in folder.iterdir() if f.suffix == ".safetensors" or f.name != "report.json"]
+    names = [f for f in folder.iterdir() if f.name not in ("report.json", "report.html")]
     return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in names}
 
 

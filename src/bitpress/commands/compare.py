@@ -7,11 +7,20 @@ from typing import Annotated
 
 import typer
 
-from bitpress.errors import DataError
-from bitpress.options import Device, DeviceOption, Json, Trust, TrustPickle, err, out, print_json
+from bitpress.options import (
+    Device,
+    DeviceOption,
+    Json,
+    PromptFile,
+    Prompts,
+    Trust,
+    TrustPickle,
+    err,
+    out,
+    print_json,
+    read_prompts,
+)
 
-Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="Prompt that each answers; repeatable.")]
-PromptFile = Annotated[Path | None, typer.Option("--prompts", help="Text file with a prompt a line.")]
 MaxNewTokens = Annotated[int, typer.Option(help="Tokens of an answer, at most.")]
 
 
@@ -50,16 +59,3 @@ def compare(
             out.print(f"page: {html.resolve()}", highlight=False)
     if result.failed:
         raise typer.Exit(1)
-
-
-def read_prompts(file: Path | None) -> list[str]:
-    """A prompt from every line that is not empty; DataError if there is none."""
-    if file is None:
-        return []
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise DataError(f"--prompts: {file}: cannot be read ({error}); give a text file with a prompt a line") from None
-    if not (found := [line.strip() for line in lines if line.strip()]):
-        raise DataError(f"--prompts: {file}: holds no prompt; write one a line")
-    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from bitpress.options import (
     Verify,
     out,
 )
+from bitpress.progress import Progress
 
 
 def run_arguments(
@@ -145,10 +146,24 @@ def trains(recipe: Any) -> bool:
         return False
 
 
+def sample(folder: Path, progress: Progress, arguments: Mapping[str, Any]) -> None:
+    """Ask a question before and after, for the report of a run whose user has asked none."""
+    from bitpress import ranks, samples
+
+    if not ranks.first():
+        return
+    trust = {"trust_remote_code": arguments.get("trust_remote_code_model", False)}
+    trust["trust_pickle"] = arguments.get("trust_pickle", False)
+    if why := samples.add(folder, device=arguments.get("device", "auto"), **trust):
+        progress.note(why)
+
+
 def summary(folder: Path, verbose: bool) -> None:
     """Print what a run has left in its folder."""
     from bitpress import tables
+    from bitpress.report import PAGE
 
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     out.print(tables.report_table(report, None if verbose else 0))
     out.print(f"checkpoint: {folder.resolve()}", highlight=False)
+    out.print(f"report: {folder.resolve() / PAGE}", highlight=False)

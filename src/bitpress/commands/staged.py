@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from bitpress.commands.running import summary, with_run_arguments
-from bitpress.options import OutputDir, Quiet, Verbose
+from bitpress.commands.running import sample, summary, with_run_arguments
+from bitpress.options import Generate, OutputDir, Quiet, Verbose
 from bitpress.progress import choose_progress
 
 
@@ -103,7 +103,13 @@ NOT_TRAINING = (
 NO_ARGUMENTS = ("bits", "max_memory", "batch_size", "num_calibration_samples")
 
 
-def _train(arguments: dict[str, Any], output: OutputDir, verbose: Verbose = False, quiet: Quiet = False) -> None:
+def _train(
+    arguments: dict[str, Any],
+    output: OutputDir,
+    generate: Generate = True,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
     """Train with a recipe's training stage: zeros kept, rounded while training, or taught by another model.
 
     Killed and started again with the same arguments, it goes on from its last checkpoint. Under `accelerate launch -m
@@ -112,19 +118,31 @@ def _train(arguments: dict[str, Any], output: OutputDir, verbose: Verbose = Fals
     from bitpress.train import train as run
 
     given = {name: value for name, value in arguments.items() if name not in NO_ARGUMENTS}
-    result = run(**given, output_dir=output, progress=choose_progress(not quiet, verbose=verbose))
+    progress = choose_progress(not quiet, verbose=verbose)
+    result = run(**given, output_dir=output, progress=progress)
+    if generate:
+        sample(result.folder, progress, arguments)
     if not quiet:
         summary(result.folder, verbose)
 
 
-def _apply(arguments: dict[str, Any], output: OutputDir, verbose: Verbose = False, quiet: Quiet = False) -> None:
+def _apply(
+    arguments: dict[str, Any],
+    output: OutputDir,
+    generate: Generate = True,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
     """Run all stages of a recipe, one-shot and training, with a checkpoint of each in OUTPUT/STAGE.
 
     Killed and started again with the same arguments, it goes on where it was.
     """
     from bitpress.apply import apply as run
 
-    result = run(**arguments, output_dir=output, progress=choose_progress(not quiet, verbose=verbose))
+    progress = choose_progress(not quiet, verbose=verbose)
+    result = run(**arguments, output_dir=output, progress=progress)
+    if generate:
+        sample(result.folder, progress, arguments)
     if not quiet:
         summary(result.folder, verbose)
 

@@ -108,7 +108,8 @@ def _train_in(
         complete = True
     finally:
         args.progress.end(complete)
-    clock, trained = time.perf_counter(), time.perf_counter() - clock
+    trained = time.perf_counter() - clock
+    clock = done.phases.add("train", clock)
     if finish.is_sharded(trainer):
         model, roundings = finish.gathered(trainer, args, subject, plan, dtypes, wide)
     if ranks.first():
@@ -124,9 +125,7 @@ def _train_in(
             done.solved += [(s, replace(z, codes=None)) for s, z in solved if z.qparams is not None]
         several = len(ready.plans) > 1
         done.rows += [{**row, "stage": stage.name} for row in rows] if several else rows
-        phases = {"train": trained, "write": time.perf_counter() - clock}
-        seconds = time.perf_counter() - started
-        done.report = of_run(args, ready, plan, done, identity, numerics, seconds, phases)
+        done.report = of_run(args, ready, plan, done, identity, numerics, time.perf_counter() - started)
         done.report["training"] = finish.training_report(trainer, result, ready)
         if log is not None and place is not None:
             finish.write(args, ready, i, target, place, log, solved, rows, done, trainer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bitpress.compare import Compared, Comparison
 from bitpress.tables import COMPARED
-from bitpress.views.page import Cell, Html, answers, bullets, page, paragraph, section, table, versions
+from bitpress.views.page import Cell, Html, answers, bullets, page, paragraph, safe, section, table, versions
 
 # figures of which the largest fills its bar
 _BARRED = {"size": "bytes", "KL, mean (nats)": "kl", "forward (tokens/s)": "tokens_per_second"}
@@ -38,12 +38,11 @@ LEGEND = (
 
 
 def _figures(models: tuple[Compared, ...]) -> Html:
-    """A row for each model, because that reads on a phone however many there are."""
     shown = {name: value for name, value in COMPARED.items() if any(map(value, models))}
     most = {key: max((getattr(m, key) or 0) for m in models) for key in _BARRED.values()}
 
     def cell(name: str, model: Compared) -> str | Cell:
-        text, key = shown[name](model), _BARRED.get(name)
+        text, key = Html("<br>".join(map(safe, shown[name](model).split("\n")))), _BARRED.get(name)
         return Cell(text, (getattr(model, key) or 0) / most[key]) if key and text and most[key] else text
 
-    return table(("", *shown), ([m.name, *(cell(name, m) for name in shown)] for m in models), words=2)
+    return table(("", *(m.name for m in models)), ([name, *(cell(name, m) for m in models)] for name in shown))

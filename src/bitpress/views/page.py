@@ -6,34 +6,38 @@ the reader's choice of light or dark, and what is wider than a phone scrolls by 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import takewhile
 
 STYLE = """
 :root{color-scheme:light dark;--bg:#fff;--fg:#1c2128;--dim:#59636e;--line:#d1d9e0;--card:#f6f8fa;--hot:#d9480f;
 --bar:#b6d4fb;--a:#0969da;--b:#9a6700;--c:#1a7f37;--mark:#fff3bf}
 @media (prefers-color-scheme:dark){:root{--bg:#0d1117;--fg:#e6edf3;--dim:#9198a1;--line:#3d444d;--card:#151b23;
---hot:#f08c5a;--bar:#1f4b82;--a:#58a6ff;--b:#d9a93a;--c:#4ac26b;--mark:#4d3d00}}
+--hot:#b34a12;--bar:#1f4b82;--a:#58a6ff;--b:#d9a93a;--c:#4ac26b;--mark:#4d3d00}}
 *{box-sizing:border-box}
 body{margin:0 auto;max-width:70rem;padding:1rem;background:var(--bg);color:var(--fg);
 font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;overflow-wrap:break-word}
 h1{font-size:1.5rem;line-height:1.25;margin:.5rem 0 .25rem}
 h2{font-size:1.15rem;margin:2rem 0 .5rem;padding-bottom:.25rem;border-bottom:1px solid var(--line)}
 p{margin:.5rem 0}
-.dim,caption{color:var(--dim);font-size:.875rem}
+.dim{color:var(--dim);font-size:.875rem}
 .facts{display:grid;grid-template-columns:repeat(auto-fill,minmax(9.5rem,1fr));gap:.5rem;margin:1rem 0}
 .facts div{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:.5rem .75rem}
 .facts b{display:block;font-size:1.15rem;font-weight:600}
 .facts span{color:var(--dim);font-size:.8rem}
 .wide{overflow-x:auto;margin:.5rem 0}
 table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums}
-caption{text-align:left;caption-side:bottom;padding-top:.25rem}
 th,td{padding:.25rem .6rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
 th{font-weight:600}
+tbody th{overflow-wrap:anywhere;min-width:8rem}
+.short tbody th{min-width:3rem}
 thead th{vertical-align:bottom}
 .n{text-align:right;white-space:nowrap}
-.bar{background:linear-gradient(90deg,var(--bar) var(--v),transparent var(--v))}
+.bar{background:linear-gradient(90deg,var(--bar) var(--v),transparent var(--v)) no-repeat 0/calc(100% - .4rem)}
+td:not(.n){overflow-wrap:anywhere;min-width:5rem}
 .heat td[style]{background:color-mix(in srgb,var(--hot) var(--v),transparent)}
 pre{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:.75rem;overflow-x:auto;
 font:13px/1.45 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
@@ -46,7 +50,8 @@ ul{padding-left:1.25rem}
 svg{width:100%;height:auto;display:block}
 svg text{fill:var(--dim);font-size:13px}
 svg .axis{stroke:var(--line);stroke-width:1}
-@media (max-width:40rem){body{padding:.75rem}svg text{font-size:24px}}
+code{font:.9em ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
+@media (max-width:40rem){body{padding:.75rem}table{font-size:.8rem}th,td{padding:.2rem .35rem}svg text{font-size:24px}}
 @media print{details{display:block}}
 """
 
@@ -96,7 +101,9 @@ def section(name: str, *parts: str) -> Html:
 
 
 def paragraph(text: str, *, dim: bool = False) -> Html:
-    return Html(f"<p{' class=dim' if dim else ''}>{safe(text)}</p>")
+    """Text; what stands in `backquotes` is code."""
+    inside = re.sub(r"`([^`]+)`", r"<code>\1</code>", safe(text))
+    return Html(f'<p class="dim">{inside}</p>' if dim else f"<p>{inside}</p>")
 
 
 def facts(values: dict[str, str]) -> Html:
@@ -106,35 +113,35 @@ def facts(values: dict[str, str]) -> Html:
 
 
 def table(
-    head: Sequence[str], rows: Iterable[Sequence[str | Cell]], *, words: int = 1, heat: bool = False, caption: str = ""
+    head: Sequence[str], rows: Iterable[Sequence[str | Cell]], *, words: Collection[str] = (), heat: bool = False
 ) -> Html:
     """A table that scrolls by itself.
 
     Args:
-        words: so many of the first columns are text, the others are figures, set to the right.
+        words: names of the columns that are text, as the first is; the others are figures, set to the right.
         heat: cells with a share are shaded, not barred.
     """
 
-    def cell(i: int, value: str | Cell, tag: str) -> str:
-        kind = ["n"] if i >= words else []
+    figures = [i > 0 and name not in words for i, name in enumerate(head)]
+
+    def cell(i: int, value: str | Cell) -> str:
+        tag = "td" if i else "th"
+        kind = ["n"] if figures[i] else []
         style = ""
         if isinstance(value, Cell):
             kind += [] if heat else ["bar"]
             share = max(0.0, min(1.0, value.share)) * (0.75 if heat else 1)
             style, value = f' style="--v:{100 * share:.1f}%"', value.text
         name = f' class="{" ".join(kind)}"' if kind else ""
-        scope = ' scope="row"' if tag == "th" else ""
+        scope = "" if i else ' scope="row"'
         return f"<{tag}{scope}{name}{style}>{safe(value)}</{tag}>"
 
-    titles = "".join(f'<th scope="col"{" class=n" if i >= words else ""}>{safe(t)}</th>' for i, t in enumerate(head))
-    body = "\n".join(
-        "<tr>" + "".join(cell(i, v, "th" if i == 0 and words else "td") for i, v in enumerate(row)) + "</tr>"
-        for row in rows
-    )
-    note = f"<caption>{safe(caption)}</caption>" if caption else ""
-    kind = ' class="heat"' if heat else ""
+    titles = "".join(f'<th scope="col"{" class=n" if figures[i] else ""}>{safe(t)}</th>' for i, t in enumerate(head))
+    body = "\n".join("<tr>" + "".join(cell(i, v) for i, v in enumerate(row)) + "</tr>" for row in rows)
+    kinds = [*(["heat"] if heat else []), *(["short"] if head[0] in ("block", "phase") else [])]
+    kind = f' class="{" ".join(kinds)}"' if kinds else ""
     return Html(
-        f'<div class="wide" tabindex="0"><table{kind}>{note}<thead><tr>{titles}</tr></thead>'
+        f'<div class="wide" tabindex="0"><table{kind}><thead><tr>{titles}</tr></thead>'
         f"<tbody>\n{body}\n</tbody></table></div>"
     )
 
@@ -157,9 +164,7 @@ def answers(prompt: str, said: dict[str, str]) -> Html:
     first = next(iter(said.values()))
 
     def marked(text: str) -> Html:
-        same = next(
-            (i for i, (a, b) in enumerate(zip(first, text, strict=False)) if a != b), min(len(first), len(text))
-        )
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, text, strict=False)))
         rest = f"<mark>{safe(text[same:])}</mark>" if same < len(text) else ""
         return Html(f"{safe(text[:same])}{rest}")
 
@@ -172,4 +177,4 @@ def answers(prompt: str, said: dict[str, str]) -> Html:
 
 def versions(found: dict[str, str]) -> Html:
     """A section of the versions that a result depends on."""
-    return section("Versions", table(("package", "version"), found.items(), words=2))
+    return section("Versions", table(("package", "version"), found.items(), words=("version",)))

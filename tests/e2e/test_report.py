@@ -1,0 +1,233 @@
+"""The report of a run: complete from a folder, from memory, over stages, after a kill; and none of a failed run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from bitpress import CheckpointError, ConfigError, NumericsError, oneshot, output, samples
+from bitpress.cli import app
+from bitpress.generation import generate
+from bitpress.result import SavedModel
+from conftest import build, save, token_rows
+from helpers import make_tokenizer
+
+ROWS = token_rows()
+OPTIONS = {"max_seq_length": 32, "num_calibration_samples": 12}
+W4 = {"GPTQModifier": {"scheme": "W4A16", "group_size": 16, "ignore": ["lm_head"]}}
+LINEARS = 2 * 7
+
+
+@pytest.fixture
+def base(tmp_path):
+    make_tokenizer(save(build("llama", torch.bfloat16), tmp_path / "base"))
+    return tmp_path / "base"
+
+
+def report_of(folder):
+    return json.loads((folder / "report.json").read_text())
+
+
+def page_of(folder):
+    return (folder / "report.html").read_text()
+
+
+def assert_whole(folder, linears=LINEARS):
+    """The page says what report.json says: all of its layers, totals, data, recipe, versions."""
+    report, page = report_of(folder), page_of(folder)
+    assert len({row["name"] for row in report["layers"]}) == linears
+    for row in report["layers"]:
+        assert row["name"] in page
+    for section in ("kinds-of-layers", "layer-by-layer", "what-is-most-sensitive", "time-and-memory",
+                    "calibration-data", "generations", "recipe", "versions", "all-layers"):  # fmt: skip
+        assert f'<section id="{section}">' in page
+    assert (folder / "recipe.yaml").read_text().strip().splitlines()[-1].strip() in page
+    assert all(version in page for version in report["versions"].values())
+    totals = report["totals"]
+    assert (
+        set(totals["peak_bytes_by_phase"]) == set(totals["seconds_by_phase"]) >= {"prepare", "load", "solve", "write"}
+    )
+    assert all(0 < p["host"] <= totals["peak_host_bytes"] for p in totals["peak_bytes_by_phase"].values())
+    assert 0 < sum(totals["seconds_by_phase"].values()) <= totals["seconds"] * 1.01 + 0.05
+    return report, page
+
+
+def test_of_a_folder(base, tmp_path):
+    oneshot(base, ROWS, W4, output_dir=tmp_path / "out", prompts=["w1 w2"], **OPTIONS)
+    report, page = assert_whole(tmp_path / "out")
+    (said,) = report["generations"]["answers"]
+    assert said["prompt"] == "w1 w2"
+    for side, folder in (("before", base), ("after", tmp_path / "out")):
+        assert said[side] == generate(folder, "w1 w2", 64, dtype="auto")
+    assert said["before"] in page and said["after"][-20:] in page
+    assert "12 of 32 tokens, 384 in all" in page and report["data"]["fingerprint"] in page
+    assert "resumed_shards" not in report["totals"]
+
+
+def test_of_a_model_in_memory(base, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.train()
+    oneshot(model, ROWS, W4, tokenizer=tokenizer, prompts="w1 w2", output_dir=tmp_path / "out", **OPTIONS)
+    report, _ = assert_whole(tmp_path / "out")
+    (said,) = report["generations"]["answers"]
+    assert said["before"] == generate(base, "w1 w2", 64, dtype="auto")
+    assert said["after"] == generate(model, "w1 w2", 64, tokenizer=tokenizer) and model.training
+    assert model.bitpress_report["generations"] == report["generations"]
+    model.save_pretrained(tmp_path / "saved")
+    saved, _ = assert_whole(tmp_path / "saved")
+    assert saved["generations"] == report["generations"]
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_of_a_run_that_was_killed(base, tmp_path, monkeypatch, blocks):
+    out, real = tmp_path / "out", output.Output.write
+
+    def write(self, shard, *args, **options):
+        if shard == blocks:
+            raise KeyboardInterrupt
+        real(self, shard, *args, **options)
+
+    monkeypatch.setattr(output.Output, "write", write)
+    with pytest.raises(KeyboardInterrupt):
+        oneshot(base, ROWS, W4, output_dir=out, **OPTIONS)
+    monkeypatch.undo()
+    assert not (out / "report.html").exists() and not (out / "report.json").exists()
+    log = [json.loads(line) for line in (out / ".bitpress/journal.jsonl").read_text().splitlines()]
+    before = sum(p["seconds"] for entry in log[1:] for p in entry["phases"].values())
+    oneshot(base, ROWS, W4, output_dir=out, **OPTIONS)
+    report, page = assert_whole(out)
+    assert report["totals"]["resumed_shards"] == blocks and "The run was interrupted" in page
+    assert before > 0 and report["totals"]["seconds"] > before
+    # solving of the first blocks was in the attempt that was killed
+    solved = sum(entry["phases"]["solve"]["seconds"] for entry in log[1:])
+    assert report["totals"]["seconds_by_phase"]["solve"] + 0.01 >= solved > 0
+
+
+def test_of_stages_and_of_one_killed_between_them(base, tmp_path, monkeypatch):
+    recipe = {
+        "sparsity_stage": {"sparsity_modifiers": {
+            "SparseGPTModifier": {"sparsity": 0.5, "mask_structure": "2:4", "ignore": ["lm_head"]}}},
+        "quantization_stage": {"quantization_modifiers": W4},
+    }  # fmt: skip
+    oneshot(base, ROWS, recipe, output_dir=tmp_path / "straight", **OPTIONS)
+    real = output.Output.write
+
+    def write(self, shard, *args, **options):
+        if self.folder == tmp_path / "out":  # the last stage
+            raise KeyboardInterrupt
+        real(self, shard, *args, **options)
+
+    monkeypatch.setattr(output.Output, "write", write)
+    with pytest.raises(KeyboardInterrupt):
+        oneshot(base, ROWS, recipe, output_dir=tmp_path / "out", **OPTIONS)
+    monkeypatch.undo()
+    oneshot(base, ROWS, recipe, output_dir=tmp_path / "out", **OPTIONS)
+    for name in ("straight", "out"):
+        report, page = assert_whole(tmp_path / name)
+        assert len(report["layers"]) == 2 * LINEARS and "sparsity_stage" in page and "2:4" in page
+
+
+def test_a_failed_run_has_none(tmp_path):
+    model = build("llama", torch.bfloat16)
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    make_tokenizer(save(model, tmp_path / "base"))
+    with pytest.raises(NumericsError):
+        oneshot(tmp_path / "base", ROWS, W4, output_dir=tmp_path / "out", prompts=["w1"], **OPTIONS)
+    assert not list((tmp_path / "out").glob("report*"))
+    good = tmp_path / "good"
+    make_tokenizer(save(build("llama", torch.bfloat16), good))
+    oneshot(good, ROWS, W4, output_dir=tmp_path / "out", fresh=True, **OPTIONS)
+    with pytest.raises(NumericsError):  # what an earlier run has left is gone before this one starts
+        oneshot(tmp_path / "base", ROWS, W4, output_dir=tmp_path / "out", fresh=True, **OPTIONS)
+    assert not list((tmp_path / "out").glob("report*"))
+
+
+@pytest.mark.parametrize(("family", "linears"), [("mixtral", 2 * 16), ("gpt_neox", 2 * 4)])
+def test_experts_share_a_cell(tmp_path, family, linears):
+    make_tokenizer(save(build(family, torch.bfloat16), tmp_path / "base"))
+    ignore = {"GPTQModifier": {**W4["GPTQModifier"], "ignore": ["lm_head", "embed_out"]}}
+    oneshot(tmp_path / "base", ROWS, ignore, output_dir=tmp_path / "out", **OPTIONS)
+    _, page = assert_whole(tmp_path / "out", linears)
+    assert ("Experts of a block share a cell" in page) == (family == "mixtral")
+
+
+def test_of_a_size_target_and_of_owl(tmp_path):
+    save(build("llama", torch.bfloat16, hidden_size=128, intermediate_size=256), tmp_path / "base")
+    oneshot(tmp_path / "base", ROWS, bits=4.4, output_dir=tmp_path / "out", **OPTIONS)
+    report, page = assert_whole(tmp_path / "out")
+    assert "By the survey" in page and {"survey", "comparison"} & set(report["totals"]["seconds_by_phase"])
+    owl = {"WandaPruningModifier": {"sparsity": 0.5, "sparsity_profile": "owl", "ignore": ["lm_head"]}}
+    oneshot(tmp_path / "base", ROWS, owl, output_dir=tmp_path / "owl", **OPTIONS)
+    _, page = assert_whole(tmp_path / "owl")
+    assert "by its share of outliers" in page
+
+
+def test_rounding_without_data(base, tmp_path):
+    recipe = {"QuantizationModifier": {"scheme": "FP8_DYNAMIC", "ignore": ["lm_head"]}}
+    oneshot(base, None, recipe, output_dir=tmp_path / "out")
+    _, page = assert_whole(tmp_path / "out")
+    assert "None was needed." in page and "lost energy of the weight" in page
+
+
+# the command line
+
+
+def run(*words):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def test_the_command_makes_generations_where_they_take_no_more_memory(base, tmp_path, monkeypatch):
+    words = ["oneshot", base, "--scheme", "W4A16", "--group-size", "16", "--method", "rtn", "-q", "-o"]
+    assert run(*words, tmp_path / "out").exit_code == 0
+    (said,) = report_of(tmp_path / "out")["generations"]["answers"]
+    assert "France" in said["prompt"] and "capital of France" in page_of(tmp_path / "out")
+    assert run(*words, tmp_path / "none", "--no-generate").exit_code == 0
+    assert "generations" not in report_of(tmp_path / "none")
+    assert "bitpress report OUT --prompt TEXT" in page_of(tmp_path / "none")
+    real = samples.open_checkpoint
+    monkeypatch.setattr(samples, "open_checkpoint", lambda *args: replace(real(*args), bytes=1 << 50))
+    assert run(*words, tmp_path / "large").exit_code == 0
+    assert "more than the run did" in report_of(tmp_path / "large")["generations"]["note"]
+    assert run(*words, tmp_path / "asked", "--prompt", "w1").exit_code == 0
+    assert [a["prompt"] for a in report_of(tmp_path / "asked")["generations"]["answers"]] == ["w1"]
+
+
+def test_the_command_report(base, tmp_path):
+    out = tmp_path / "out"
+    oneshot(base, None, {"QuantizationModifier": {"scheme": "FP8_DYNAMIC", "ignore": ["lm_head"]}}, output_dir=out)
+    (out / "report.html").unlink()
+    assert run("report", out).exit_code == 0
+    assert_whole(out)
+    done = run("report", out, "--base", base, "--prompt", "w3", "--prompt", "w4 w5")
+    assert done.exit_code == 0, done.exception
+    assert [a["prompt"] for a in report_of(out)["generations"]["answers"]] == ["w3", "w4 w5"]
+    assert "w4 w5" in page_of(out)
+    assert run("report", out, "--prompt", "w7").exit_code == 0  # the report says where the model is
+    assert "w7" in page_of(out)
+    # the run is the same run still
+    recipe = {"QuantizationModifier": {"scheme": "FP8_DYNAMIC", "ignore": ["lm_head"]}}
+    assert isinstance(oneshot(base, None, recipe, output_dir=out), SavedModel)
+    for words, wrong, text in [
+        (("report", out, "--base", base), ConfigError, "--base: goes with --prompt"),
+        (("report", base), CheckpointError, "no report of a bitpress run"),
+        (("report", tmp_path / "nowhere"), CheckpointError, "no report of a bitpress run"),
+        (("report", out, "--base", tmp_path / "nowhere", "--prompt", "w3"), ConfigError, "no such model folder"),
+    ]:
+        done = run(*words)
+        assert isinstance(done.exception, wrong) and text in str(done.exception), done.exception
+
+
+def test_prompts_that_cannot_be_answered(tmp_path):
+    save(build("llama", torch.bfloat16), tmp_path / "base")  # no tokenizer
+    with pytest.raises(ConfigError, match="the model brings none"):
+        oneshot(tmp_path / "base", ROWS, W4, output_dir=tmp_path / "out", prompts=["w1"], **OPTIONS)
+    with pytest.raises(ConfigError, match="prompts: expected texts"):
+        oneshot(tmp_path / "base", ROWS, W4, output_dir=tmp_path / "out", prompts=["w1", ""], **OPTIONS)
+    assert not (tmp_path / "out").exists()
