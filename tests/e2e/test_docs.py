@@ -44,7 +44,7 @@ def place(tmp_path, monkeypatch):
         (["recipes.md", "schemes.md"], [], 2),
         (["howto/w4a16.md"], [], 1),
         (["howto/sparse-int4.md"], [], 2),
-        (["howto/stages.md"], ["staged.yaml"], 3),
+        (["howto/stages.md"], ["staged.yaml"], 4),
         (["howto/methods.md"], [], 5),
     ],
     ids=lambda value: value[0] if isinstance(value, list) and value and value[0].endswith(".md") else "",

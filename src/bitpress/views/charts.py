@@ -53,10 +53,10 @@ def curve_svg(
         px, _ = at((tick, 10**scale.least))
         parts.append(f'<line class="axis" x1="{px:.1f}" y1="{TOP}" x2="{px:.1f}" y2="{HEIGHT - BOTTOM}"/>')
         parts.append(f'<text x="{px:.1f}" y="{HEIGHT - BOTTOM + 22}" text-anchor="middle">{tick:g}</text>')
-    for power in range(math.ceil(scale.least), math.floor(scale.most) + 1):
-        _, py = at((scale.low, 10.0**power))
+    for tick in _errors(scale.least, scale.most):
+        _, py = at((scale.low, tick))
         parts.append(f'<line class="axis" x1="{LEFT}" y1="{py:.1f}" x2="{WIDTH - RIGHT}" y2="{py:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{py + 4:.1f}" text-anchor="end">{10.0**power:g}</text>')
+        parts.append(f'<text x="{LEFT - 8}" y="{py + 4:.1f}" text-anchor="end">{tick:g}</text>')
     line = " ".join(f"{px:.1f},{py:.1f}" for px, py in map(at, curve))
     parts.append(f'<polyline points="{line}" style="fill:none;stroke:var(--a);stroke-width:2.5"/>')
     for px, py in map(at, curve):
@@ -79,6 +79,13 @@ def curve_svg(
 def _sizes(low: float, high: float) -> list[float]:
     step = next(s for s in (0.1, 0.2, 0.5, 1, 2, 5, 10) if (high - low) / s <= 9 or s == 10)
     return [round(i * step, 6) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _errors(least: float, most: float) -> list[float]:
+    """Powers of ten between two exponents; where they are few, with 2 and 5 times them."""
+    steps = (1, 2, 5) if most - least < 2 else (1,)
+    ticks = [m * 10.0**p for p in range(math.floor(least), math.floor(most) + 1) for m in steps]
+    return [t for t in ticks if least - 1e-9 <= math.log10(t) <= most + 1e-9]
 
 
 def curve_text(

@@ -51,11 +51,13 @@ def run_page(report: Mapping[str, Any], recipe: str, name: str) -> str:
     """
     rows: list[Row] = list(report.get("layers", []))
     last = list({row["name"]: row for row in rows}.values())  # as the last stage left them
+    lost = {row["name"]: row for row in rows if row["rel_error"] > 0}  # a stage that trains has no error of its own
+    lossy = [lost.get(row["name"], row) for row in last]
     parts = [
         facts(_facts(report)),
         section("Kinds of layers", *_kinds(rows)),
-        section("Layer by layer", *_maps(last)),
-        section("What is most sensitive", *_ranking(report, last)),
+        section("Layer by layer", *_maps(last, lossy)),
+        section("What is most sensitive", *_ranking(report, lossy)),
         section("Time and memory", *_phases(report["totals"])),
         section("Calibration data", *_data(report)),
         *([section("Training", *_training(report["training"]))] if report.get("training") else []),
@@ -90,7 +92,8 @@ def _facts(report: Mapping[str, Any]) -> dict[str, str]:
     found = {"linears": f"{totals['layers']:,}", "weights written": size(totals["output_bytes"])}
     if "bits_per_weight" in totals:
         found["bits per weight, on average"] = f"{totals['bits_per_weight']:.3f}"
-        found[f"{_lost(report['layers'])}, on average"] = _percent(totals["mean_rel_error"])
+        if totals["mean_rel_error"] > 0:
+            found[f"{_lost(report['layers'])}, on average"] = _percent(totals["mean_rel_error"])
         found["zeros"] = _percent(totals["sparsity"])
     found["time"] = clock(totals["seconds"])
     found["peak host memory"] = size(totals["peak_host_bytes"])
@@ -137,18 +140,16 @@ def _kinds(rows: Sequence[Row]) -> list[str]:
     return [table(head, lines, words=("mask", "scheme", "method")), paragraph(about, dim=True)]
 
 
-def _maps(rows: Sequence[Row]) -> list[str]:
-    """Tables of blocks by kinds for error, bits and zeros."""
+def _maps(rows: Sequence[Row], lossy: Sequence[Row]) -> list[str]:
+    """Tables of blocks by kinds for error (of the rows in `lossy`), bits and zeros."""
     if not rows:
         return []
-    cells: dict[_Place, list[Row]] = {}
-    for row in rows:
-        cells.setdefault(place_of(row["name"]), []).append(row)
-    errors = {p: fmean(r["rel_error"] for r in mine) for p, mine in cells.items()}
+    cells = _cells(rows)
+    errors = {p: fmean(r["rel_error"] for r in mine) for p, mine in _cells(lossy).items()}
     bits = {p: fmean(r["bits_per_weight"] for r in mine) for p, mine in cells.items()}
     zeros = {p: fmean(r["sparsity"] for r in mine) for p, mine in cells.items()}
     shades = dict(zip(errors, _log(list(errors.values())), strict=True))
-    parts: list[str] = [paragraph(f"Error ({_lost(rows)}); the darker, the more, on a logarithmic scale.")]
+    parts: list[str] = [paragraph(f"Error ({_lost(lossy)}); the darker, the more, on a logarithmic scale.")]
     parts.append(_map({p: Cell(_percent(e), shades[p]) for p, e in errors.items()}))
     if len(set(bits.values())) == 1:
         parts.append(paragraph(f"Bits per weight: {next(iter(bits.values())):.3f} everywhere."))
@@ -162,6 +163,13 @@ def _maps(rows: Sequence[Row]) -> list[str]:
     if any(len(mine) > 1 for mine in cells.values()):
         parts.append(paragraph("Experts of a block share a cell: their mean.", dim=True))
     return parts
+
+
+def _cells(rows: Sequence[Row]) -> dict[_Place, list[Row]]:
+    found: dict[_Place, list[Row]] = {}
+    for row in rows:
+        found.setdefault(place_of(row["name"]), []).append(row)
+    return found
 
 
 def _map(cells: Mapping[_Place, Cell]) -> Html:
@@ -279,7 +287,7 @@ def _training(found: Mapping[str, Any]) -> list[str]:
     parts: list[str] = [paragraph(f"{found['steps']:,} steps on {data['sequences']:,} sequences of {data['source']}.")]
     points = [(entry["step"], entry["loss"]) for entry in found["log"] if "loss" in entry and "step" in entry]
     if len(points) > 1:
-        judged = {f"step {e['step']}": (e["step"], e["eval_loss"]) for e in found["log"] if "eval_loss" in e}
+        judged = {f"{e['eval_loss']:.3g}": (e["step"], e["eval_loss"]) for e in found["log"] if "eval_loss" in e}
         parts.append(curve_svg(points, judged, None, "step", "loss"))
         parts.append(paragraph("Line: loss in training, on a logarithmic scale. Dots: on held-out data.", dim=True))
     figures = {name: value for name, value in found["metrics"].items() if isinstance(value, int | float)}
