@@ -66,6 +66,26 @@ def test_infinite_gradients_and_moments_that_are_there_already():
     assert not (model[0].weight.grad[mask] != 0).any()
 
 
+class Restless(torch.optim.SGD):
+    """Moves every weight, whatever its gradient."""
+
+    def step(self, closure=None):
+        with torch.no_grad():
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.add_(0.01)
+
+
+def test_an_optimizer_that_moves_what_has_no_gradient():
+    model = sparse_model()
+    masks = Masks(model, PARTS)
+    optimizer = Restless(model.parameters(), lr=0.1)
+    masks.attach(model, optimizer)
+    steps(model, masks, optimizer)
+    parameters = dict(model.named_parameters())
+    assert masks.check(lambda n: parameters[n].detach()) == {"first": 0.5, "last": 0.5}
+
+
 def test_what_came_back_is_an_error():
     model = sparse_model()
     masks = Masks(model, PARTS)
@@ -104,7 +124,7 @@ def _worker(number, port, found):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     dist.init_process_group("gloo", rank=number, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
     ways = {"ddp": nn.parallel.DistributedDataParallel, "fsdp2": lambda model: fully_shard(model, mesh=mesh)}

@@ -1,13 +1,14 @@
 """Zeros that stay zero while a model is trained: weights, gradients and moments, sharded or not.
 
 A gradient is cut before it is added to what is accumulated, so clipping and the optimizer never see it; moments then
-stay zero by themselves, and weight decay has nothing to shrink. After each step the weights are cut too, for
-optimizers that move what has no gradient. One byte a weight is held.
+stay zero by themselves, and weight decay has nothing to shrink. After each step the weights are cut too, unless the
+optimizer is known to leave alone what has neither gradient nor moments. One byte a weight is held.
 
-| wrapped by         | how gradients are cut                                                          |
-|--------------------|--------------------------------------------------------------------------------|
-| nothing, DDP, ZeRO-1 and 2 | a hook on the parameter's gradient                                     |
-| FSDP2 (`fully_shard`)      | a hook on the shard, after gradients are reduced                       |
+| wrapped by                 | how gradients are cut                                                  |
+|----------------------------|------------------------------------------------------------------------|
+| nothing                    | in place, when they have been added up                                 |
+| DDP, ZeRO-1 and 2          | before they are, since what sends them waits there too                 |
+| FSDP2 (`fully_shard`)      | in place on the shard, after they are reduced                          |
 | FSDP1, ZeRO-3              | refused: their shards have no shape                                    |
 """
 
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitpress import ranks
 from bitpress.errors import NumericsError, PlanError
 from bitpress.experts import LEAVES
 from bitpress.math.masks import Structure, find_structure, holds, pruned
@@ -27,6 +29,12 @@ from bitpress.sites import Site
 
 # what wrappers put into the names of parameters
 WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.", "_fsdp_wrapped_module.")
+
+# each weight is moved by its own gradient and moments alone: zeros stay
+ELEMENTWISE = (
+    torch.optim.Adagrad, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax, torch.optim.NAdam, torch.optim.RAdam,
+    torch.optim.RMSprop, torch.optim.SGD,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -98,6 +106,7 @@ class Masks:
     structures: dict[str, Structure | None] = field(default_factory=dict)
     shares: dict[str, float] = field(default_factory=dict)
     dense: list[str] = field(default_factory=list)
+    moves_zeros: bool = True
     handles: list[Any] = field(default_factory=list)
     held: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)  # of the wrapped model, while it is attached
 
@@ -132,7 +141,9 @@ class Masks:
         """
         self.detach()
         self.model = model
-        states = getattr(getattr(optimizer, "optimizer", optimizer), "state", {})
+        inner = getattr(optimizer, "optimizer", optimizer)
+        self.moves_zeros = type(inner) not in ELEMENTWISE
+        states = getattr(inner, "state", {})
         for name, parameter in self._parameters().items():
             mask = self.pruned[name] = _like(self.pruned[name], parameter, name)
             self.held.append((parameter, mask))
@@ -146,7 +157,9 @@ class Masks:
 
     @torch.no_grad()
     def cut(self) -> None:
-        """Set the weights to zero where they are to be."""
+        """Set the weights to zero where they are to be, after a step."""
+        if not self.moves_zeros:
+            return
         for parameter, mask in self.held:
             _local(parameter).masked_fill_(mask, 0)
 
@@ -225,11 +238,11 @@ def _like(mask: Tensor, parameter: nn.Parameter, name: str) -> Tensor:
 
 def _cut(parameter: nn.Parameter, mask: Tensor) -> Any:
     """Set gradients to zero as they arrive; not a number times zero would not do."""
-    if hasattr(parameter, "to_local"):
+    if hasattr(parameter, "to_local") or ranks.started() == 1:
 
-        def shard(p: Tensor) -> None:
+        def in_place(p: Tensor) -> None:
             if p.grad is not None:
                 _local(p.grad).masked_fill_(mask, 0)
 
-        return parameter.register_post_accumulate_grad_hook(shard)  # type: ignore[no-untyped-call]
+        return parameter.register_post_accumulate_grad_hook(in_place)  # type: ignore[no-untyped-call]
     return parameter.register_hook(lambda gradient: gradient.masked_fill(mask, 0))  # type: ignore[no-untyped-call]
