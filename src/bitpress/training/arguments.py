@@ -163,6 +163,8 @@ def split_options(given: Mapping[str, Any], run: Sequence[str]) -> tuple[dict[st
     notes: list[str] = []
     problems: list[str] = []
     for name, value in given.items():
+        if value is False and name.endswith("_strategy"):
+            value = "no"  # as YAML 1.1 reads it
         if name in run:
             mine[name] = value
         elif name in OWN:
