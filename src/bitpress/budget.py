@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from bitpress.sites import Site
 
 PROCESS_BYTES = 900 << 20  # python, torch and transformers themselves, as measured
+TOGETHER = 4 << 30  # bytes, beyond what one needs, for problems that a GPU solves together
 SMALL = 1 << 21  # weights; larger linears are solved one at a time: each keeps all cores busy, and takes memory
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}  # on the CPU 8192 are not faster, and take 130 MB more
 
@@ -90,9 +91,11 @@ def budget(
         fixed + batch_size * sequence + (hidden if where == "device" else 0) + min(sum(set(grams)), gram_bytes)
     )
     host = device_bytes if on_cpu else PROCESS_BYTES + outside + 4 * block + (hidden if where == "host" else 0)
+    # what is left besides may hold more linears at once than the largest that must fit
+    together = solver + max(0, min(TOGETHER, limit - device_bytes))
     return {
         "host_bytes": host, "device_bytes": 0 if on_cpu else device_bytes, "batch_size": batch_size,
-        "gram_bytes": gram_bytes, "hidden_on": where,
+        "gram_bytes": gram_bytes, "solver_bytes": together, "hidden_on": where,
     }  # fmt: skip
 
 
@@ -104,10 +107,15 @@ def _solver_bytes(sites: Sequence[Site], device: torch.device) -> int:
     together = max(
         (sum(t.rows * t.columns for t in first if t.columns == s.columns) for s in first), default=0
     )  # at most: not all linears of a width read the same input
-    alone = 4 * 10 * max(largest, min(together, 4 * largest))
-    gram = 4 * 8 * max((s.columns**2 for s in sites if s.needs), default=0)
+    alone = problem_bytes(max(largest, min(together, 4 * largest)), 0)
+    gram = problem_bytes(0, max((s.columns for s in sites if s.needs), default=0))
     beside = 0 if device.type == "cuda" else min(sum(s.rows * s.columns for s in first), workers() * SMALL)
     return max(alone, 4 * 10 * beside) + gram
+
+
+def problem_bytes(weights: int, columns: int) -> int:
+    """What a solver holds for so many weights of one input of so many columns."""
+    return 4 * 10 * weights + 4 * 8 * columns**2
 
 
 def tuning_bytes(sites: Sequence[Site], length: int, width: int, item: int) -> int:

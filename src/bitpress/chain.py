@@ -19,6 +19,8 @@ from bitpress.modifiers.quantization import SchemeGroup, SchemeModifier
 from bitpress.schemes import Scheme
 from bitpress.sites import Step
 
+Problem = tuple[Sequence[Tensor], InputStats | None]  # weights (R_i, C) float32, statistics of their common input
+
 
 def solve(
     steps: Sequence[Step], weights: Sequence[Tensor], stats: InputStats | None, dtype: torch.dtype
@@ -37,39 +39,65 @@ def solve(
     Raises:
         NumericsError: what the steps ask cannot be computed, or a pruned weight came back.
     """
-    current, solved, waiting = list(weights), None, list(steps)
+    return solve_each(steps, [(weights, stats)], dtype)[0]
+
+
+def solve_each(steps: Sequence[Step], problems: Sequence[Problem], dtype: torch.dtype) -> list[list[Solved]]:
+    """`solve` for several inputs whose linears have the same shapes: on a GPU, quantizers take them together."""
+    current: list[Problem] = list(problems)
+    solved: list[list[Solved]] | None = None
+    waiting = list(steps)
     while waiting:
         step = waiting.pop(0)
         modifier = step.modifier
-        if isinstance(modifier, PruningModifier):
-            if waiting and modifier.joins(waiting[0].modifier):
-                quantizer, group = _quantizer(waiting.pop(0))
-                grid = formats.grid_of(group.scheme, dtype)
-                solved = modifier.prune_and_quantize(current, stats, step.sparsity, quantizer, group, grid)
-            else:
-                current = modifier.prune(current, stats, step.sparsity)
-            if modifier.corrects and stats is not None and stats.drift is not None:
-                stats = replace(stats, drift=torch.zeros_like(stats.drift))
+        if not isinstance(modifier, PruningModifier):
+            quantizer, group = _quantizer(step)
+            solved = quantizer.solve_each(current, group, formats.grid_of(group.scheme, dtype))
             continue
-        quantizer, group = _quantizer(step)
-        solved = quantizer.solve(current, stats, group, formats.grid_of(group.scheme, dtype))
-    group_of_all = next((s.claim for s in steps if isinstance(s.claim, SchemeGroup)), None)
-    if solved is None or group_of_all is None:
-        stored = [w.to(dtype) for w in current]
-        solved = [Solved(None, None, torch.empty(()), weight=w) for w in stored]
+        if waiting and modifier.joins(waiting[0].modifier):
+            quantizer, group = _quantizer(waiting.pop(0))
+            grid = formats.grid_of(group.scheme, dtype)
+            solved = [modifier.prune_and_quantize(w, s, step.sparsity, quantizer, group, grid) for w, s in current]
+        else:
+            current = [(modifier.prune(w, s, step.sparsity), s) for w, s in current]
+        if modifier.corrects:
+            current = [(w, _settled(s)) for w, s in current]
+    if solved is None:
+        solved = [[] for _ in problems]
+    return [
+        _stored(steps, weights, pruned_weights, stats, mine, dtype)
+        for (weights, _), (pruned_weights, stats), mine in zip(problems, current, solved, strict=True)
+    ]
+
+
+def _settled(stats: InputStats | None) -> InputStats | None:
+    """Without the drift that a step has undone."""
+    if stats is None or stats.drift is None:
+        return stats
+    return replace(stats, drift=torch.zeros_like(stats.drift))
+
+
+def _stored(
+    steps: Sequence[Step],
+    weights: Sequence[Tensor],
+    current: Sequence[Tensor],
+    stats: InputStats | None,
+    solved: list[Solved],
+    dtype: torch.dtype,
+) -> list[Solved]:
+    """What is stored of each linear, checked; `current` are the weights after pruning, `solved` what was quantized."""
+    group = next((s.claim for s in steps if isinstance(s.claim, SchemeGroup)), None)
+    if not solved or group is None:
+        solved = [Solved(None, None, torch.empty(()), weight=w.to(dtype)) for w in current]
     else:
-        grid = formats.grid_of(group_of_all.scheme, dtype)
-        beside = input_scales(group_of_all.scheme, stats, dtype)
+        grid = formats.grid_of(group.scheme, dtype)
+        beside = input_scales(group.scheme, stats, dtype)
         # each linear stores its own copy
         solved = [replace(settle(z, grid), beside={n: t.clone() for n, t in beside.items()}) for z in solved]
     for before, after in zip(current, solved, strict=True):
         check_zeros(before, after.dense(), steps)
     gram = None if stats is None else stats.gram
-    if (
-        len(steps) == 1
-        and group_of_all is not None
-        and (gram is None or "gram" in _quantizer(steps[0])[0].weights_need)
-    ):
+    if len(steps) == 1 and group is not None and (gram is None or "gram" in _quantizer(steps[0])[0].weights_need):
         return solved
     return [replace(z, error=relative_error(w, z.dense(), gram)) for w, z in zip(weights, solved, strict=True)]
 

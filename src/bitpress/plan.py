@@ -67,6 +67,7 @@ class Plan:
         host_bytes, device_bytes: expected peaks.
         batch_size: sequences per forward.
         gram_bytes: budget of the Gram matrices of one pass.
+        solver_bytes: budget of what is solved together.
         hidden_on: where hidden states are kept, "device", "host" or "disk".
         caches: caches of keys and values that get scales.
         cache_scheme: how caches are quantized, None if they are not.
@@ -88,6 +89,7 @@ class Plan:
     device_bytes: int
     batch_size: int
     gram_bytes: int
+    solver_bytes: int
     hidden_on: str
     caches: tuple[CacheSite, ...] = ()
     cache_scheme: QuantArgs | None = None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bitpress import chain, memory, ranks
 from bitpress.blocks import Batch, collect
-from bitpress.budget import SMALL
+from bitpress.budget import SMALL, problem_bytes
 from bitpress.errors import NumericsError
 from bitpress.folding import Folding
 from bitpress.math import masks
@@ -239,23 +239,25 @@ def _solve(run: Run, jobs: Sequence[Job], folding: Folding | None, tuning: Tunin
     Raises:
         NumericsError: the first of those that fail, in the order of the jobs: what comes later may fail by it.
     """
-    sizes = [sum(site.rows * site.columns for site in job.sites) for job in jobs]
     owners = ranks.owners([_cost(job) for job in jobs])
-    order = sorted(range(len(jobs)), key=sizes.__getitem__, reverse=True)
-    order = [i for i in order if owners[i] == ranks.rank()]
-    sizes = [sizes[i] for i in order]
-    tasks = [partial(_try_one, run, jobs[i], folding) for i in order]
-    alone = len(tasks) if run.device.type != "cpu" else sum(size > SMALL for size in sizes)
+    mine = [i for i in range(len(jobs)) if owners[i] == ranks.rank()]
+    on_cpu = run.device.type == "cpu"
+    bundles = [[i] for i in mine] if on_cpu else _bundles(jobs, mine, run.plan.solver_bytes)
+    sizes = {i: sum(site.rows * site.columns for site in jobs[i].sites) for i in mine}
+    bundles.sort(key=lambda bundle: sizes[bundle[0]], reverse=True)
+    tasks = [partial(_try, run, [jobs[i] for i in bundle], folding) for bundle in bundles]
+    alone = sum(size > SMALL for size in sizes.values()) if on_cpu else len(tasks)
     found = []
     with float32_products():
         for task in tasks[:alone]:
             found.append(task())
-            if run.device.type == "cpu":
+            if on_cpu:
                 memory.give_back()
         found += together(tasks[alone:])
+    own = {i: outcome for bundle, got in zip(bundles, found, strict=True) for i, outcome in zip(bundle, got, strict=True)}
     done: dict[int, list[Part] | NumericsError] = {}
     for number in range(ranks.world_size()):
-        done |= ranks.share(dict(zip(order, found, strict=True)), number)
+        done |= ranks.share(own, number)
     results: dict[str, Result] = {}
     for i, job in enumerate(jobs):
         outcome = done[i]
@@ -278,11 +280,29 @@ def _cost(job: Job) -> float:
     return float(columns**3 + sum(site.rows for site in job.sites) * columns**2)
 
 
-def _try_one(run: Run, job: Job, folding: Folding | None) -> list[Part] | NumericsError:
+def _bundles(jobs: Sequence[Job], mine: Sequence[int], limit: int) -> list[list[int]]:
+    """Of these jobs, those of the same steps and shapes together, such as experts', as many as `limit` bytes hold."""
+    alike: dict[tuple[Any, ...], list[list[int]]] = {}
+    for i in mine:
+        job = jobs[i]
+        steps = tuple((id(s.modifier), s.claim.name, s.sparsity) for s in job.sites[0].steps)
+        shapes = tuple((s.rows, s.columns) for s in job.sites)
+        rows, columns = sum(s.rows for s in job.sites), job.sites[0].columns
+        bundles = alike.setdefault((steps, shapes, job.stats is None), [[]])
+        if (len(bundles[-1]) + 1) * problem_bytes(rows * columns, columns) > limit and bundles[-1]:
+            bundles.append([])
+        bundles[-1].append(i)
+    return [bundle for bundles in alike.values() for bundle in bundles]
+
+
+def _try(run: Run, jobs: list[Job], folding: Folding | None) -> list[list[Part] | NumericsError]:
+    """What each job comes to; where one of several fails, they are solved one by one, so that it is named."""
     try:
-        return _solve_one(run, job, folding)
+        return list(_solve_together(run, jobs, folding))
     except NumericsError as error:
-        return error
+        if len(jobs) == 1:
+            return [NumericsError(f"{jobs[0].sites[0].name}: {error}")]
+    return [outcome for job in jobs for outcome in _try(run, [job], folding)]
 
 
 def _of_job(run: Run, job: Job, folding: Folding | None) -> tuple[list[Tensor], InputStats | None]:
@@ -293,32 +313,32 @@ def _of_job(run: Run, job: Job, folding: Folding | None) -> tuple[list[Tensor], 
     return [folding.weight(s.module) for s in job.sites], stats
 
 
-def _solve_one(run: Run, job: Job, folding: Folding | None) -> list[Part]:
+def _solve_together(run: Run, jobs: list[Job], folding: Folding | None) -> list[list[Part]]:
+    """The results of jobs alike."""
     clock = time.perf_counter()
-    sites = job.sites
-    weights, stats = _of_job(run, job, folding)
-    try:
-        solved = chain.solve(sites[0].steps, weights, stats, run.subject.dtype)
-    except NumericsError as error:
-        raise NumericsError(f"{sites[0].name}: {error}") from None
-    seconds = (time.perf_counter() - clock) / len(sites)
-    results = []
-    for site, weight, z in zip(sites, weights, solved, strict=True):
-        dense = z.dense()
-        report = LayerReport(
-            name=site.name,
-            method=site.method,
-            scheme=label(site.group),
-            rel_error=float(z.error),
-            error_of="weight" if stats is None or stats.gram is None else "output",
-            bits_per_weight=bits_per_weight(site),
-            sparsity=float((dense == 0).float().mean()),
-            mask=_mask_name(site, weight, dense),
-            tokens=0 if stats is None else stats.tokens,
-            policy=job.policy,
-            seconds=seconds,
-        )
-        results.append((report, z))
+    problems = [_of_job(run, job, folding) for job in jobs]
+    solved = chain.solve_each(jobs[0].sites[0].steps, problems, run.subject.dtype)
+    seconds = (time.perf_counter() - clock) / sum(len(job.sites) for job in jobs)
+    results: list[list[Part]] = []
+    for job, (weights, stats), found in zip(jobs, problems, solved, strict=True):
+        parts = []
+        for site, weight, z in zip(job.sites, weights, found, strict=True):
+            dense = z.dense()
+            report = LayerReport(
+                name=site.name,
+                method=site.method,
+                scheme=label(site.group),
+                rel_error=float(z.error),
+                error_of="weight" if stats is None or stats.gram is None else "output",
+                bits_per_weight=bits_per_weight(site),
+                sparsity=float((dense == 0).float().mean()),
+                mask=_mask_name(site, weight, dense),
+                tokens=0 if stats is None else stats.tokens,
+                policy=job.policy,
+                seconds=seconds,
+            )
+            parts.append((report, z))
+        results.append(parts)
     return results
 
 

@@ -32,9 +32,12 @@ def problem(rows, columns, grid, condition):
 
 @pytest.mark.parametrize("pruned", [False, True])
 @pytest.mark.parametrize("condition", [0, 3], ids=["random", "ill-conditioned"])
-@pytest.mark.parametrize(("rows", "columns"), [(5, 8), (17, 136)])
+@pytest.mark.parametrize(("rows", "columns"), [(5, 8), (17, 40)])
 @pytest.mark.parametrize("kind", GRIDS)
-def test_the_same_codes_as_the_pure_walk(kind, rows, columns, condition, pruned):
+def test_the_same_codes_as_the_pure_walk(kind, rows, columns, condition, pruned, monkeypatch):
+    if DEVICE == "cpu":
+        monkeypatch.setattr("bitpress.math.kernels.columns.COLUMNS", 32)  # the interpreter is slow
+        monkeypatch.setattr("bitpress.math.kernels.columns.STRIP", 16)
     grid = Grid(per_tensor=False, scale_dtype=torch.bfloat16, **GRIDS[kind])
     weight, gram, qparams, groups = problem(rows, columns, grid, condition)
     keep = (weight.abs() > 0.3) if pruned else None
@@ -82,3 +85,24 @@ def test_the_normal_equations_of_the_refit(rows, groups, size):
     blocks = hessian.double().reshape(groups, size, groups, size)
     expected = torch.einsum("rgi,gikj,rkj->rgk", parts, blocks, parts)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_problems_solved_together_come_to_what_each_comes_to_alone(monkeypatch):
+    from bitpress.math.grid import QParams
+
+    monkeypatch.setattr("bitpress.math.kernels.columns.COLUMNS", 16)
+    monkeypatch.setattr("bitpress.math.kernels.columns.STRIP", 16)
+    grid = Grid(per_tensor=False, scale_dtype=torch.bfloat16, **GRIDS["int4 group"])
+    posed = [problem(rows, 24, grid, 1) for rows in (5, 5)]
+    posed[1] = (posed[1][0].flip(0), posed[1][1].flip(0, 1), posed[0][2], posed[1][3].flip(0))
+    keep = torch.rand(2, 5, 24, generator=torch.Generator().manual_seed(0)) > 0.2
+    weight, gram, groups = (torch.stack([p[i] for p in posed]).to(DEVICE) for i in (0, 1, 3))
+    qparams, factor = QParams.stack([p[2].to(DEVICE) for p in posed]), inverse_factor(gram)
+    codes = sweep_by_kernel(weight, factor, qparams, groups, grid, keep.to(DEVICE))
+    better = descend_by_kernel(weight, codes, gram, qparams, groups, grid, passes=1, keep=keep.to(DEVICE))
+    for e in range(2):
+        alone = weight[e].cpu(), qparams.of(e).to("cpu"), groups[e].cpu(), grid
+        expected = sweep(alone[0], factor[e].cpu(), *alone[1:], 8, keep[e])
+        assert (codes[e].cpu() == expected).float().mean() > 0.99
+        expected = descend(alone[0], codes[e].cpu(), gram[e].cpu(), *alone[1:], 8, passes=1, keep=keep[e])
+        assert (better[e].cpu() == expected).float().mean() > 0.99

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bitpress.math.grid import Grid, QParams, values_of
 from bitpress.math.products import product
-from bitpress.math.sweep import Rounding, by_columns, transposed, walk
+from bitpress.math.sweep import Rounding, batched, by_columns, transposed, walk
 
 
 def descend(
@@ -29,6 +29,8 @@ def descend(
     keep: Tensor | None = None,
 ) -> Tensor:
     """Round each column to what is best given the others, several times over; tr(dW H dW^T) never rises.
+
+    Every tensor may have a dimension of problems before those named; on a GPU they are solved together.
 
     Args:
         weight: (R, C) float32, the target; not modified.
@@ -46,6 +48,12 @@ def descend(
     """
     if weight.device.type == "cuda":
         return descend_by_kernel(weight, codes, hessian, qparams, groups, grid, passes=passes, keep=keep)
+    if weight.dim() == 3:
+        return torch.stack([
+            descend(w, codes[e], hessian[e], qparams.of(e), groups[e], grid, block_size, passes=passes,
+                    keep=None if keep is None else keep[e])
+            for e, w in enumerate(weight)
+        ])  # fmt: skip
     rounding = Rounding.of(qparams, groups, grid, keep)
     target, result = weight.T.contiguous(), by_columns(codes)
     dense = torch.empty_like(target)
@@ -81,10 +89,13 @@ def descend_by_kernel(
     """`descend` by `bitpress.math.kernels.columns`, whose blocks have a width of their own."""
     from bitpress.math.kernels import columns
 
-    scale, zero, kept = transposed(qparams, keep)
-    values = values_of(by_columns(codes))
-    dense = (values if zero is None else values - zero[groups]) * scale[groups]
-    target, steps = weight.T, 1 / hessian.diagonal()
+    C = weight.shape[-1]
+    scale, zero, kept = (batched(t) for t in transposed(qparams, keep))
+    assert scale is not None
+    hessian, groups, values = hessian.reshape(-1, C, C), groups.reshape(-1, C), batched(values_of(by_columns(codes)))
+    of_columns = groups[..., None].expand_as(values)
+    dense = (values if zero is None else values - zero.gather(1, of_columns)) * scale.gather(1, of_columns)
+    target, steps = batched(weight.mT), 1 / hessian.diagonal(dim1=1, dim2=2)
     for _ in range(passes):
         values = columns.walk(product(hessian, target - dense), hessian, scale, zero, groups, grid, steps, kept, dense)
-    return grid.codes(values).T.contiguous()
+    return grid.codes(values).reshape(weight.mT.shape).mT.contiguous()

@@ -9,6 +9,7 @@ stays exactly zero (what counts as pruned: `bitpress.math.masks.pruned`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
@@ -58,12 +59,98 @@ def gptq(
     Raises:
         NumericsError: NaN or infinity in the statistics, or a Gram matrix that is not positive definite.
     """
+    return gptq_each(
+        [(weights, stats)], grid, observer=observer, order=order, block_size=block_size,
+        dampening_frac=dampening_frac, refine=refine, correct=correct,
+    )[0]  # fmt: skip
+
+
+def gptq_each(
+    problems: Sequence[tuple[Sequence[Tensor], InputStats]],
+    grid: Grid,
+    *,
+    observer: str,
+    order: bool,
+    block_size: int,
+    dampening_frac: float,
+    refine: int,
+    correct: float,
+) -> list[list[Solved]]:
+    """`gptq` for several inputs, such as those of a block's experts, whose linears have the same shapes.
+
+    On a GPU they are solved together: one expert alone is too small to fill it. There may be but one where the grid has
+    a global scale.
+    """
+    posed = [_pose(weights, stats, grid, observer, order, dampening_frac, correct) for weights, stats in problems]
+    wanted, ordered, groups = (_stack([getattr(p, name) for p in posed]) for name in ("wanted", "ordered", "groups"))
+    keep = None
+    if any(p.keep is not None for p in posed):
+        keep = _stack([torch.ones_like(p.wanted, dtype=torch.bool) if p.keep is None else p.keep for p in posed])
+    found = [p.qparams for p in posed]
+    codes = sweep(wanted, inverse_factor(ordered), _stack_qparams(found), groups, grid, block_size, keep)
+    for p, mine in zip(posed, _each(codes), strict=True):
+        if p.keep is not None:  # the sweep's compensation counted on weights that were to become zero
+            some = p.keep.logical_not().any(1)
+            part = p.qparams.of(some)
+            mine[some] = descend(
+                p.wanted[some],
+                mine[some],
+                p.ordered,
+                part,
+                p.groups,
+                grid,
+                block_size,
+                passes=PASSES,
+                keep=p.keep[some],
+            )
+    products = [product(p.target, p.hessian) for p in posed] if refine else []
+    for _ in range(refine):
+        codes = descend(wanted, codes, ordered, _stack_qparams(found), groups, grid, block_size, passes=1, keep=keep)
+        found = [
+            refit_scales(weight_gram, mine[:, p.back], p.hessian, q, grid)
+            for weight_gram, mine, p, q in zip(products, _each(codes), posed, found, strict=True)
+        ]
+    return [
+        _solved(weights, mine[:, p.back], q, stats.needed_gram)
+        for (weights, stats), mine, p, q in zip(problems, _each(codes), posed, found, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class _Posed:
+    """One input's linears as the solvers take them, one below the other.
+
+    Attributes:
+        target: (R, C), what the output is to be like.
+        hessian: H (C, C), damped.
+        back: (C,), where each column is in the order of the sweep.
+        wanted, ordered, groups, keep: target, H, group of each column and what is not pruned, in that order.
+    """
+
+    target: Tensor
+    hessian: Tensor
+    qparams: QParams
+    back: Tensor
+    wanted: Tensor
+    ordered: Tensor
+    groups: Tensor
+    keep: Tensor | None
+
+
+def _pose(
+    weights: Sequence[Tensor],
+    stats: InputStats,
+    grid: Grid,
+    observer: str,
+    order: bool,
+    dampening_frac: float,
+    correct: float,
+) -> _Posed:
     gram = stats.needed_gram
     diagonal = gram.diagonal().clone()
     if not torch.isfinite(gram).all():
         raise NumericsError("NaN or infinity in the input activations")
     C = gram.shape[0]
-    original = target = torch.cat(list(weights)) if len(weights) > 1 else weights[0]
     if correct:
         assert stats.drift is not None and stats.paired is not None
         change = correction(stats.drift, stats.paired, correct)
@@ -71,39 +158,43 @@ def gptq(
         weights = [
             w + (w @ change if m is None else (w @ change) * m) for w, m in zip(weights, masks_before, strict=True)
         ]
-        target = torch.cat(list(weights))
-    importance = None if observer == "mse" else diagonal
-    found = find_all(weights, grid, importance, search=observer != "minmax")
-    rows = [len(w) for w in weights]
-    qparams = _together(found)
-    top = qparams.global_scale
+    target = torch.cat(list(weights)) if len(weights) > 1 else weights[0]
+    found = find_all(weights, grid, None if observer == "mse" else diagonal, search=observer != "minmax")
     keep = _stacked([pruned(w) for w in weights], weights)
-
     perm = torch.argsort(diagonal, descending=True, stable=True) if order else torch.arange(C, device=gram.device)
-    back = torch.argsort(perm)
-    groups = perm // (grid.group_size or C)
     # an input that is always zero says nothing: unit curvature rounds its column to nearest
     hessian = gram.clone()
     hessian.diagonal().add_(dampening_frac * diagonal.mean()).add_((diagonal == 0).float())
-    ordered, wanted = hessian[perm][:, perm], target.T[perm].T  # columns contiguous, as the walks want them
-    kept = None if keep is None else keep[:, perm]
-    codes = sweep(wanted, inverse_factor(ordered), qparams, groups, grid, block_size, kept)
-    if keep is not None:  # the sweep's compensation counted on weights that were to become zero
-        some = torch.cat([torch.full((len(w),), pruned(w) is not None) for w in weights]).to(codes.device)
-        mine = QParams(qparams.scale[some], None if qparams.zero_point is None else qparams.zero_point[some], top)
-        codes[some] = descend(
-            wanted[some], codes[some], ordered, mine, groups, grid, block_size, passes=PASSES, keep=keep[some][:, perm]
-        )
-    weight_gram = product(target, hessian) if refine else target
-    del target, weights
-    for _ in range(refine):
-        codes = descend(wanted, codes, ordered, qparams, groups, grid, block_size, passes=1, keep=kept)
-        qparams = refit_scales(weight_gram, codes[:, back], hessian, qparams, grid)
-    in_place = codes[:, back]
+    return _Posed(
+        target, hessian, _together(found), torch.argsort(perm),
+        wanted=target.T[perm].T,  # columns contiguous, as the walks want them
+        ordered=hessian[perm][:, perm],
+        groups=perm // (grid.group_size or C),
+        keep=None if keep is None else keep[:, perm],
+    )  # fmt: skip
+
+
+def _solved(weights: Sequence[Tensor], codes: Tensor, qparams: QParams, gram: Tensor) -> list[Solved]:
+    """Codes (R, C) in stored order, one `Solved` a weight."""
+    rows = [len(w) for w in weights]
     return [
         solved(w, part.contiguous(), qparams.rows(end - len(w), end), gram)
-        for w, part, end in zip(torch.split(original, rows), torch.split(in_place, rows), accumulate(rows), strict=True)
+        for w, part, end in zip(weights, torch.split(codes, rows), accumulate(rows), strict=True)
     ]
+
+
+def _stack(each: Sequence[Tensor]) -> Tensor:
+    """Several problems in one tensor; a single one stays as it is."""
+    return each[0] if len(each) == 1 else torch.stack(list(each))
+
+
+def _stack_qparams(each: Sequence[QParams]) -> QParams:
+    return each[0] if len(each) == 1 else QParams.stack(each)
+
+
+def _each(codes: Tensor) -> Sequence[Tensor]:
+    """What `_stack` put together."""
+    return codes.unbind() if codes.dim() == 3 else [codes]
 
 
 def _together(found: Sequence[QParams]) -> QParams:

@@ -168,6 +168,18 @@ class QParams:
         zero = None if self.zero_point is None else self.zero_point[lo:hi]
         return replace(self, scale=self.scale[lo:hi], zero_point=zero)
 
+    def of(self, index: int | Tensor) -> QParams:
+        """Those of some rows, or of one problem where scale and zero point of several are stacked: (E, R, G)."""
+        zero = None if self.zero_point is None else self.zero_point[index]
+        return replace(self, scale=self.scale[index], zero_point=zero)
+
+    @classmethod
+    def stack(cls, found: Sequence[QParams]) -> QParams:
+        """Scales and zero points (E, R, G) of several problems, which share a global scale if they have any."""
+        zeros = [q.zero_point for q in found if q.zero_point is not None]
+        scale = torch.stack([q.scale for q in found])
+        return cls(scale, torch.stack(zeros) if zeros else None, found[0].global_scale)
+
 
 @dataclass(frozen=True)
 class Solved:

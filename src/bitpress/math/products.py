@@ -14,20 +14,28 @@ _held = False  # whether the process-wide switch of the CPU's products must stay
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b` of float32; on a GPU from three products of bfloat16 halves, each factor good to 16 bits (TF32: 11)."""
+    """`a @ b` of float32, with or without a dimension of problems before the matrices'.
+
+    On a GPU from three products of bfloat16 halves, each factor good to 16 bits (TF32: 11).
+    """
     if a.device.type != "cuda":
         return a @ b
     (a1, a2), (b1, b2) = halves(a), halves(b)
-    return torch.mm(torch.cat([a1, a2, a1], 1), torch.cat([b1, b1, b2]), out_dtype=torch.float32)
+    multiply = torch.bmm if a.dim() == 3 else torch.mm
+    return multiply(torch.cat([a1, a2, a1], -1), torch.cat([b1, b1, b2], -2), out_dtype=torch.float32)
 
 
 def subtract_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """`out -= a^T b` of float32, in place; on a GPU as `product`. a: (K, M), b: (K, N), out: (M, N)."""
+    """`out -= a^T b` of float32, in place; on a GPU as `product`. a: (E, K, M), b: (E, K, N), out: (E, M, N)."""
     if out.device.type != "cuda":
-        out.addmm_(a.T, b, alpha=-1)
+        out.baddbmm_(a.mT, b, alpha=-1)
         return
     (a1, a2), (b1, b2) = halves(a), halves(b)
-    torch.addmm(out, torch.cat([a1, a2, a1]).T, torch.cat([b1, b1, b2]), out_dtype=torch.float32, alpha=-1, out=out)
+    left, right = torch.cat([a1, a2, a1], -2).mT, torch.cat([b1, b1, b2], -2)
+    if len(out) == 1:
+        torch.addmm(out[0], left[0], right[0], out_dtype=torch.float32, alpha=-1, out=out[0])
+    else:
+        out.sub_(torch.bmm(left, right, out_dtype=torch.float32))
 
 
 def halves(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -168,7 +168,8 @@ class GramAccumulator:
         exact = x.dtype == torch.bfloat16
         if x.device.type == "cuda" and exact:
             for lo, hi in self._block_rows():
-                self._sum[lo:hi, lo:] += torch.mm(x[:, lo:hi].T, x[:, lo:], out_dtype=torch.float32)
+                part = self._sum[lo:hi, lo:]
+                torch.addmm(part, x[:, lo:hi].T, x[:, lo:], out_dtype=torch.float32, out=part)
             return
         with bfloat16_products(exact):
             for part in torch.split(x, CHUNK):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,36 +24,36 @@ LEAF = 16  # columns updated one by one; wider blocks are halved and updated by 
 
 
 def inverse_factor(hessian: Tensor) -> Tensor:
-    """Upper triangular U (C, C) with inv(H) = U^T U, from a symmetric positive definite H (C, C).
+    """Upper triangular U (..., C, C) with inv(H) = U^T U, from symmetric positive definite H (..., C, C).
 
     With J the reversal of indices and J H J = L L^T, U = J inv(L) J: one Cholesky and one triangular inverse,
     half the work of Cholesky, inverse, Cholesky (Frantar et al. 2022, arXiv 2210.17323), and more accurate.
 
     Raises:
-        NumericsError: H is not positive definite in float32 nor in float64.
+        NumericsError: H, or one of several, is not positive definite in float32 nor in float64.
     """
-    flipped = hessian.flip(0, 1)
+    flipped = hessian.flip(-2, -1)
     lower, info = torch.linalg.cholesky_ex(flipped)
-    if info.item() != 0:
+    if info.any():
         flipped = flipped.double()
         lower, info = torch.linalg.cholesky_ex(flipped)
-        if info.item() != 0:
+        if info.any():
             raise NumericsError("the Gram matrix is not positive definite: raise dampening_frac or give more data")
-    return triangular_inverse(lower).flip(0, 1).to(hessian.dtype)
+    return triangular_inverse(lower).flip(-2, -1).to(hessian.dtype)
 
 
 def triangular_inverse(lower: Tensor) -> Tensor:
     """The inverse of a lower triangular matrix; on a GPU by halves, where products are faster than substitution."""
-    size = len(lower)
+    size = lower.shape[-1]
     if lower.device.type != "cuda" or size <= SUBSTITUTED:
         eye = torch.eye(size, dtype=lower.dtype, device=lower.device)
-        inverse: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False)
+        inverse: Tensor = torch.linalg.solve_triangular(lower, eye.expand(lower.shape), upper=False)
         return inverse
     half = size // 2
     out = torch.zeros_like(lower)
-    out[:half, :half] = first = triangular_inverse(lower[:half, :half])
-    out[half:, half:] = second = triangular_inverse(lower[half:, half:])
-    out[half:, :half] = (second @ (lower[half:, :half] @ first)).neg_()
+    out[..., :half, :half] = first = triangular_inverse(lower[..., :half, :half])
+    out[..., half:, half:] = second = triangular_inverse(lower[..., half:, half:])
+    out[..., half:, :half] = (second @ (lower[..., half:, :half] @ first)).neg_()
     return out
 
 
@@ -67,7 +68,8 @@ def sweep(
 ) -> Tensor:
     """Quantize the columns in order, compensating each one's error in the later ones (GPTQ, arXiv 2210.17323).
 
-    All scales are fixed before, so the result does not depend on `block_size` but for rounding.
+    All scales are fixed before, so the result does not depend on `block_size` but for rounding. Every tensor may have
+    a dimension of problems before those named; on a GPU they are solved together.
 
     Args:
         weight: (R, C) float32, columns in the order in which they are to be quantized.
@@ -83,6 +85,11 @@ def sweep(
     """
     if weight.device.type == "cuda":
         return sweep_by_kernel(weight, factor, qparams, groups, grid, keep)
+    if weight.dim() == 3:
+        return torch.stack([
+            sweep(w, factor[e], qparams.of(e), groups[e], grid, block_size, None if keep is None else keep[e])
+            for e, w in enumerate(weight)
+        ])  # fmt: skip
     work = by_columns(weight)
     rounding = Rounding.of(qparams, groups, grid, keep)
     codes = torch.empty(work.shape, dtype=grid.code_dtype, device=weight.device)
@@ -104,10 +111,18 @@ def sweep_by_kernel(
     """`sweep` by `bitpress.math.kernels.columns`, whose blocks have a width of their own."""
     from bitpress.math.kernels import columns
 
-    scale, zero, kept = transposed(qparams, keep)
-    pivots = factor.diagonal().contiguous()
-    values = columns.walk(by_columns(weight), factor, scale, zero, groups, grid, pivots, kept)
-    return grid.codes(values).T.contiguous()
+    C = weight.shape[-1]
+    scale, zero, kept = (batched(t) for t in transposed(qparams, keep))
+    pivots = factor.diagonal(dim1=-2, dim2=-1).reshape(-1, C).contiguous()
+    work, factor = by_columns(weight), factor.reshape(-1, C, C)
+    assert scale is not None
+    values = columns.walk(batched(work), factor, scale, zero, groups.reshape(-1, C), grid, pivots, kept)
+    return grid.codes(values).reshape(work.shape).mT.contiguous()
+
+
+def batched(x: Any) -> Any:
+    """A tensor with a dimension of problems, if it has none; None stays None."""
+    return x[None] if x is not None and x.dim() == 2 else x
 
 
 @dataclass(frozen=True)
@@ -153,8 +168,8 @@ class Rounding:
 
 def transposed(qparams: QParams, keep: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Scales and zero points (G, R), kept weights (C, R), float32."""
-    zero = None if qparams.zero_point is None else qparams.zero_point.T.float().contiguous()
-    return qparams.effective().T.contiguous(), zero, None if keep is None else keep.T.float().contiguous()
+    zero = None if qparams.zero_point is None else qparams.zero_point.mT.float().contiguous()
+    return qparams.effective().mT.contiguous(), zero, None if keep is None else keep.mT.float().contiguous()
 
 
 Project = Callable[[int, Tensor], None]
@@ -210,7 +225,7 @@ def _visit(state: _Walk, lo: int, hi: int, base: int) -> None:
 
 def by_columns(weight: Tensor) -> Tensor:
     """A copy of (R, C) as (C, R): columns are contiguous and may be changed."""
-    return weight.T.clone(memory_format=torch.contiguous_format)  # a single row is contiguous already
+    return weight.mT.clone(memory_format=torch.contiguous_format)  # a single row is contiguous already
 
 
 def pivots_of(factor: Tensor) -> list[float] | list[Tensor]:

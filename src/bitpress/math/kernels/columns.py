@@ -1,9 +1,10 @@
 """The column walk on a GPU: one program takes a tile of rows through a block of columns, without a launch a column.
 
 The same algorithm as `bitpress.math.sweep.walk` with `Rounding` as its projection: rows are independent given the
-factor, so a program keeps its tile of the block in registers; what is after the block is updated by a matrix product.
+factor, so a program keeps its tile of some columns in registers; what comes later within the block is updated when its
+turn comes, what is after the block by a matrix product.
 
-Legend: R out features, C in features, G groups. All tensors are transposed: (C, R), (G, R).
+Legend: E problems, R out features, C in features, G groups. All tensors are transposed: (E, C, R), (E, G, R).
 """
 
 from __future__ import annotations
@@ -17,48 +18,78 @@ from bitpress.math.grid import Grid
 from bitpress.math.kernels.rounding import nearest, numbers_of
 from bitpress.math.products import subtract_product
 
-COLUMNS, ROWS = 128, 16  # of a tile
+COLUMNS = 128  # of a block
+STRIP, ROWS = 32, 16  # of a tile: what one warp holds in registers
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _block(  # type: ignore[no-untyped-def]  # the compiler reads annotations
     work, factor, scale, zero, groups, keep, dense, steps, values,
-    errors, base, C, R, low, high, least, fraction,
+    errors, base, C, R, G, low, high, least, fraction,
     FLOAT: tl.constexpr, ZERO: tl.constexpr, KEEP: tl.constexpr, DESCEND: tl.constexpr,
-    COUNT: tl.constexpr, B: tl.constexpr, T: tl.constexpr,
+    COUNT: tl.constexpr, B: tl.constexpr, S: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
+    problem = tl.program_id(1).to(tl.int64)
+    factor += problem * C * C
+    steps += problem * C
+    groups += problem * C
+    errors += problem * B * R
+    scale += problem * G * R
+    work += problem * C * R
+    values += problem * C * R
+    if ZERO:
+        zero += problem * G * R
+    if KEEP:
+        keep += problem * C * R
+    if DESCEND:
+        dense += problem * C * R
     rows = tl.program_id(0) * T + tl.arange(0, T)
-    columns = tl.arange(0, B)
     inside = rows < R
-    tile = tl.load(
-        work + (base + columns)[:, None] * R + rows[None, :],
-        mask=(columns < COUNT)[:, None] & inside[None, :],
-        other=0.0,
-    )
-    for j in range(0, COUNT):
-        at = base + j
-        group = tl.load(groups + at)
-        s = tl.load(scale + group * R + rows, mask=inside, other=1.0)
+    strip = tl.arange(0, S)
+    for start in range(0, COUNT, S):
+        columns = start + strip
+        there = columns < COUNT
+        at = base + start
+        tile = tl.load(
+            work + (base + columns)[:, None] * R + rows[None, :], mask=there[:, None] & inside[None, :], other=0.0
+        )
+        for before in range(0, start, S):
+            left = before + strip
+            u = tl.load(factor + (base + left)[None, :] * C + (base + columns)[:, None], mask=there[:, None], other=0.0)
+            error = tl.load(errors + left[:, None] * R + rows[None, :], mask=inside[None, :], other=0.0)
+            tile -= tl.dot(u, error, input_precision="tf32x3")
+        # what a column needs is loaded while the one before it is at work
+        s = tl.load(scale + tl.load(groups + at) * R + rows, mask=inside, other=1.0)
+        group = tl.load(groups + tl.minimum(at + 1, C - 1))
         step = tl.load(steps + at)
-        w = tl.sum(tl.where((columns == j)[:, None], tile, 0.0), axis=0)
-        if DESCEND:
-            before = tl.load(dense + at * R + rows, mask=inside, other=0.0)
-            w = before + w * step
-        x = tl.div_rn(w, s)
-        if KEEP:
-            x = x * tl.load(keep + at * R + rows, mask=inside, other=0.0)
-        z = tl.load(zero + group * R + rows, mask=inside, other=0.0) if ZERO else 0.0
-        x = nearest(x + z, low, high, least, fraction, FLOAT)
-        q = (x - z) * s
-        if DESCEND:
-            error = q - before
-            tl.store(dense + at * R + rows, q, mask=inside)
-        else:
-            error = tl.div_rn(w - q, step)
-        tl.store(values + at * R + rows, x, mask=inside)
-        tl.store(errors + j * R + rows, error, mask=inside)
-        u = tl.load(factor + at * C + base + columns, mask=(columns > j) & (columns < COUNT), other=0.0)
-        tile = tile - u[:, None] * error[None, :]
+        u = tl.load(factor + at * C + base + columns, mask=there & (strip > 0), other=0.0)
+        for j in range(0, S):
+            live = inside & (start + j < COUNT)
+            ahead = tl.minimum(at + 1, C - 1)
+            s_ahead = tl.load(scale + group * R + rows, mask=inside, other=1.0)
+            u_ahead = tl.load(factor + ahead * C + base + columns, mask=there & (strip > j + 1), other=0.0)
+            step_ahead = tl.load(steps + ahead)
+            w = tl.sum(tl.where((strip == j)[:, None], tile, 0.0), axis=0)
+            if DESCEND:
+                was = tl.load(dense + at * R + rows, mask=inside, other=0.0)
+                w = was + w * step
+            x = tl.div_rn(w, s)
+            if KEEP:
+                x = x * tl.load(keep + at * R + rows, mask=inside, other=0.0)
+            z = tl.load(zero + tl.load(groups + at) * R + rows, mask=inside, other=0.0) if ZERO else 0.0
+            x = nearest(x + z, low, high, least, fraction, FLOAT)
+            q = (x - z) * s
+            if DESCEND:
+                error = q - was
+                tl.store(dense + at * R + rows, q, mask=live)
+            else:
+                error = tl.div_rn(w - q, step)
+            tl.store(values + at * R + rows, x, mask=live)
+            tl.store(errors + (start + j) * R + rows, error, mask=live)
+            tile = tile - u[:, None] * error[None, :]
+            s, u, step, at = s_ahead, u_ahead, step_ahead, ahead
+            group = tl.load(groups + tl.minimum(at + 1, C - 1))
+        tl.debug_barrier()  # the errors are read again, by other threads
 
 
 def walk(
@@ -75,31 +106,31 @@ def walk(
     """Project column by column, each one's error taken from all later columns.
 
     Args:
-        work: (C, R) float32, changed: the weights, or (with `dense`) the gradient of the descent.
-        factor: (C, C) float32; its upper triangle is read.
-        scale, zero: (G, R) float32.
-        groups: (C,), the group of each column.
+        work: (E, C, R) float32, changed: the weights, or (with `dense`) the gradient of the descent.
+        factor: (E, C, C) float32; its upper triangle is read.
+        scale, zero: (E, G, R) float32.
+        groups: (E, C), the group of each column.
         grid: what to round to.
-        steps: (C,) float32: the pivots, by which errors are divided, or the steps of the descent.
-        keep: (C, R) float32, 0 where the weight is pruned.
-        dense: (C, R) float32, changed: makes it coordinate descent, from these weights.
+        steps: (E, C) float32: the pivots, by which errors are divided, or the steps of the descent.
+        keep: (E, C, R) float32, 0 where the weight is pruned.
+        dense: (E, C, R) float32, changed: makes it coordinate descent, from these weights.
 
     Returns:
-        The codes' values (C, R) float32.
+        The codes' values (E, C, R) float32.
     """
-    C, R = work.shape
+    E, C, R = work.shape
     values = torch.empty_like(work)
-    errors = torch.empty(COLUMNS, R, device=work.device)
-    groups, factor = groups.to(torch.int32), factor.contiguous()
+    errors = torch.empty(E, COLUMNS, R, device=work.device)
+    groups, factor = groups.to(torch.int32).contiguous(), factor.contiguous()
     for base in range(0, C, COLUMNS):
         count = min(COLUMNS, C - base)
-        _block[(triton.cdiv(R, ROWS),)](
+        _block[(triton.cdiv(R, ROWS), E)](
             work, factor, scale, work if zero is None else zero, groups, work if keep is None else keep,
-            work if dense is None else dense, steps, values, errors, base, C, R, *numbers_of(grid),
+            work if dense is None else dense, steps, values, errors, base, C, R, scale.shape[1], *numbers_of(grid),
             FLOAT=grid.values != "int", ZERO=zero is not None, KEEP=keep is not None, DESCEND=dense is not None,
-            COUNT=count, B=COLUMNS, T=ROWS, num_warps=4,
+            COUNT=count, B=COLUMNS, S=STRIP, T=ROWS, num_warps=1,
         )  # fmt: skip
         end = base + count
         if end < C:
-            subtract_product(work[end:], factor[base:end, end:], errors[:count])
+            subtract_product(work[:, end:], factor[:, base:end, end:], errors[:, :count])
     return values

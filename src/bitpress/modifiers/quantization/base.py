@@ -144,6 +144,12 @@ class SchemeModifier(LinearModifier):
         """Act-order and observer of weights that do not set their own."""
         raise NotImplementedError
 
+    def solve_each(
+        self, problems: Sequence[tuple[Sequence[Tensor], InputStats | None]], group: SchemeGroup, grid: Grid
+    ) -> list[list[Solved]]:
+        """As `solve`, for several inputs whose linears have the same shapes."""
+        return [self.solve(weights, stats, group, grid) for weights, stats in problems]
+
     def _read_groups(self) -> tuple[tuple[Claim, ...], list[str]]:
         if self.bits is not None:
             return self._read_target()

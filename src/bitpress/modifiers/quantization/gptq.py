@@ -86,12 +86,17 @@ class GPTQModifier(SchemeModifier):
     def solve(
         self, weights: Sequence[Tensor], stats: InputStats | None, group: SchemeGroup, grid: Grid
     ) -> list[Solved]:
-        from bitpress.math.gptq import gptq
+        return self.solve_each([(weights, stats)], group, grid)[0]
 
-        assert stats is not None
-        return gptq(
-            weights,
-            stats,
+    def solve_each(
+        self, problems: Sequence[tuple[Sequence[Tensor], InputStats | None]], group: SchemeGroup, grid: Grid
+    ) -> list[list[Solved]]:
+        from bitpress.math.gptq import gptq_each
+
+        if grid.fused and len(problems) > 1:  # each has a number of its own that its linears share
+            return [self.solve(weights, stats, group, grid) for weights, stats in problems]
+        return gptq_each(
+            [(weights, stats) for weights, stats in problems if stats is not None],
             grid,
             observer=group.observer,
             order=group.actorder is not None,
