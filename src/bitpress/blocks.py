@@ -187,6 +187,7 @@ def collect(
     beside: Callable[[int], Batch | None] | None = None,
     keep: Callable[[int, Tensor], None] | None = None,
     unpaired: frozenset[str] = frozenset(),
+    out: Callable[[int, Tensor], None] | None = None,
 ) -> Collected:
     """Run all batches and sum the statistics of every distinct input of the given linears.
 
@@ -204,6 +205,7 @@ def collect(
             and its inputs are the `full` ones of `StatsAccumulator.add`.
         keep: what to do with the outputs of those batches.
         unpaired: linears whose tokens differ from one stream to the other, such as experts.
+        out: what to do with the output of each batch of a number; then the block is not left early.
 
     Raises:
         NumericsError: linears that shared an input in one batch did not in another.
@@ -263,12 +265,14 @@ def collect(
             full.clear()
             if beside is not None and (other := beside(number)) is not None:
                 recording = True
-                out = run(other)
+                uncompressed = run(other)
                 recording = False
-                if keep is not None and out is not None:
-                    keep(number, out)
-            run(batch)
-            if leave_early and not last and order:
+                if keep is not None and uncompressed is not None:
+                    keep(number, uncompressed)
+            found = run(batch)
+            if out is not None and found is not None:
+                out(number, found)
+            if leave_early and out is None and not last and order:
                 last.append(order[-1])
             order.clear()
     finally:

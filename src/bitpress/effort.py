@@ -2,7 +2,8 @@
 
 | effort   | what it does                                                                                           |
 |----------|--------------------------------------------------------------------------------------------------------|
-| fast     | GPTQ with searched scales and activation order: two forwards of the data                               |
+| fast     | GPTQ with searched scales and activation order; one forward of the data instead of two, in the         |
+|          | uncompressed model (`oneshot(propagate=False)`)                                                        |
 | balanced | scales moved between modules first (AWQ; SmoothQuant where activations are integers), codes and scales |
 |          | refined after the sweep, part of the drift of inputs undone; no gradients                              |
 | best     | the same, then block tuning with gradients                                                             |

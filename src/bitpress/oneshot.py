@@ -60,6 +60,7 @@ class Arguments:
     max_memory: int | str | None = None
     batch_size: int | None = None
     min_expert_tokens: int = 256
+    propagate: bool | None = None
     seed: int = 42
     verify: bool = True
     resume: bool = False
@@ -78,6 +79,11 @@ class Arguments:
         from bitpress.budget import parse_bytes
 
         return parse_bytes(self.max_memory)
+
+    @property
+    def propagates(self) -> bool:
+        """Whether blocks are calibrated on what the compressed ones before them give."""
+        return self.effort != "fast" if self.propagate is None else self.propagate
 
     def check(self) -> None:
         """ConfigError with all that is wrong with the values in themselves."""
@@ -151,6 +157,7 @@ def oneshot(
     max_memory: int | str | None = None,
     batch_size: int | None = None,
     min_expert_tokens: int = 256,
+    propagate: bool | None = None,
     seed: int = 42,
     verify: bool = True,
     resume: bool = False,
@@ -179,9 +186,9 @@ def oneshot(
             modifier that quantizes, which then names no scheme.
         group_size: with scheme: input columns per scale in place of the preset's; -1 is one scale a row.
         method: with scheme or bits: "gptq", the default, or "rtn", which rounds to nearest.
-        effort: with scheme or bits: "fast" only sweeps; "balanced" moves scales between layers first and undoes part
-            of the drift of the inputs, without gradients; "best" tunes each block with gradients after that; see
-            `bitpress.effort`. None: GPTQ with its defaults.
+        effort: with scheme or bits: "fast" only sweeps, without `propagate`; "balanced" moves scales between layers first
+            and undoes part of the drift of the inputs, without gradients; "best" tunes each block with gradients after
+            that; see `bitpress.effort`. None: GPTQ with its defaults.
         ignore: with scheme or bits: linears to leave, patterns of `bitpress.targets`. None: "lm_head".
         tokenizer: object or path; None: the model's own. `processor` is the same under another name.
         splits: split of the data: "train[:5%]", a list, or {"calibration": ..., "train": ...}.
@@ -208,6 +215,9 @@ def oneshot(
         batch_size: sequences per forward; None: by memory.
         min_expert_tokens: an expert of a mixture that the router gave fewer tokens takes its statistics from all
             tokens of the block; the report says so.
+        propagate: calibrate each block on what the compressed blocks before it give; else on what the uncompressed
+            ones give, which takes one forward of the data instead of two and is less accurate. None: yes, except
+            with effort "fast".
         seed: of everything random.
         verify: read back what was written and compare it with what was solved.
         resume: fail if there is nothing to go on from. (Going on is automatic where the arguments match.)
@@ -238,7 +248,7 @@ def oneshot(
         output_dir=None if output_dir is None else Path(output_dir).expanduser(), stage=stage,
         save_compressed=save_compressed, dtype=dtype, attn_implementation=attn_implementation,
         device=device, max_memory=max_memory, batch_size=batch_size,
-        min_expert_tokens=min_expert_tokens, seed=seed, verify=verify, resume=resume, fresh=fresh,
+        min_expert_tokens=min_expert_tokens, propagate=propagate, seed=seed, verify=verify, resume=resume, fresh=fresh,
         trust_remote_code_model=trust_remote_code_model, trust_remote_code_data=trust_remote_code_data,
         trust_pickle=trust_pickle, prompts=(prompts,) if isinstance(prompts, str) else tuple(prompts),
         progress=choose_progress(progress),
@@ -348,6 +358,7 @@ def _identity(args: Arguments, ready: Prepared) -> dict[str, Any]:
             "min_expert_tokens": args.min_expert_tokens,
             "batch_size": args.batch_size,
             "max_memory": args.limit,
+            "propagate": args.propagates,
             "seed": args.seed,
             "stage": None if args.verb == "apply" else args.stage,
             "dtype": args.dtype,

@@ -84,6 +84,14 @@ Dense = Annotated[bool, typer.Option("--dense", help="Store dense weights beside
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model or dataset brings.")]
 TrustPickle = Annotated[bool, typer.Option("--trust-pickle", help="Read pickle weights; they can run code.")]
 Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Read back and compare what is written.")]
+Propagate = Annotated[
+    bool | None,
+    typer.Option(
+        "--propagate/--no-propagate",
+        help="Calibrate each block on what the compressed ones before it give; the default but with --effort fast.",
+        show_default=False,
+    ),
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Fail if there is nothing to go on from.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Delete what an earlier run left in OUTPUT.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")]

@@ -1,7 +1,8 @@
 """The block loop: load, collect statistics, solve, install, propagate, write, next.
 
 One pass over the blocks. A block's statistics come from a forward with the blocks before it compressed; then its
-linears are solved, and one more forward with the weights as they are stored gives the next block its input.
+linears are solved, and one more forward with the weights as they are stored gives the next block its input. Without
+propagation there is one stream, the uncompressed model's, and the first forward also gives the next block its input.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from bitpress.folding import Folding
 from bitpress.math.grid import Solved
 from bitpress.run import Result, Run, advance_full, watched, weight_of
 from bitpress.sites import Site
-from bitpress.solving import solve_sites
+from bitpress.solving import in_one_pass, solve_sites
 from bitpress.states import FullStream, HiddenStates
 from bitpress.tuning import Tuning, after
 
@@ -72,6 +73,13 @@ def _block(run: Run, index: int, states: HiddenStates, *, collects: bool, feeds:
         if run.full is not None:
             subject.load(prefix, run.device)
             advance_full(run, index, run.full, states)
+        if feeds and not run.plan.propagates:
+            subject.load(prefix, run.device)
+            _feed(run, index, states, clock)
+            feeds = False
+            if subject.streamed:
+                subject.unload(prefix)
+                return
         read = [(s, run.output.read(index, s)) for s in sites]
         kept = run.output.read_others(index, subject, prefix, [*sites, *run.plan.inherited])
         subject.load(prefix, run.device, {**kept, **{s.key: solved.dense() for s, solved in read}})
@@ -87,7 +95,13 @@ def _block(run: Run, index: int, states: HiddenStates, *, collects: bool, feeds:
         run.timed("load", clock)
         folding = Folding(subject, index, uses, sites) if (uses := run.plan.smoothing[index]) else None
         tuning = Tuning(subject, index, run.seed) if any(s.tuning for s in sites) else None
-        results = solve_sites(run, index, sites, states, folding, tuning, collects=collects)
+        once = feeds and not run.plan.propagates and collects and in_one_pass(run, index, sites)
+        out = states.__setitem__ if once else None
+        results = solve_sites(run, index, sites, states, folding, tuning, collects=collects, out=out)
+        if not run.plan.propagates:
+            if feeds and not once:
+                _feed(run, index, states, time.perf_counter())
+            feeds = False
         _install(run, results, folding)
         if tuning is not None:
             results = _tune(run, index, tuning, states, results)
@@ -101,13 +115,18 @@ def _block(run: Run, index: int, states: HiddenStates, *, collects: bool, feeds:
         _store(run, index, prefix, results, scales, folding)
         clock = run.timed("write", clock)
     if feeds:
-        for i, batch in enumerate(watched(run, states, index, "propagating", 0.7)):
-            states[i] = subject.blocks.run(index, batch)
-        run.timed("propagate", clock)
+        _feed(run, index, states, clock)
     if run.full is not None:
         run.full.advance()
     subject.unload(prefix)
     memory.give_back()
+
+
+def _feed(run: Run, index: int, states: HiddenStates, clock: float) -> None:
+    """The next block's input, with the weights as they are."""
+    for i, batch in enumerate(watched(run, states, index, "propagating", 0.7)):
+        states[i] = run.subject.blocks.run(index, batch)
+    run.timed("propagate", clock)
 
 
 def _tune(run: Run, index: int, tuning: Tuning, states: HiddenStates, results: list[Result]) -> list[Result]:

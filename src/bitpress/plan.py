@@ -78,6 +78,7 @@ class Plan:
         profiles: shares of zeros that a survey spreads over the blocks; empty once it has.
         trains: it is a training stage; its sites are those that are trained with their rounding.
         masked: linears whose zeros are kept while training.
+        propagates: each block is calibrated on what the compressed ones before it give; else on the uncompressed ones'.
     """
 
     sites: tuple[Site, ...]
@@ -99,6 +100,7 @@ class Plan:
     profiles: tuple[Profile, ...] = ()
     trains: bool = False
     masked: tuple[Site, ...] = ()
+    propagates: bool = True
 
     @property
     def surveys(self) -> bool:
@@ -191,6 +193,7 @@ def make(
     compressed: bool = True,
     trust_remote_code: bool = False,
     inherited: Sequence[Site] = (),
+    propagate: bool = True,
 ) -> Plan:
     """Hold the modifiers of a stage against the model.
 
@@ -202,6 +205,7 @@ def make(
         compressed: pack the weights; else dense weights beside their scales.
         trust_remote_code: run code that the model brings, for a tiny copy of it.
         inherited: linears that earlier stages have quantized.
+        propagate: calibrate each block on what the compressed ones before it give.
 
     Raises:
         PlanError: all faults of the stage.
@@ -220,7 +224,7 @@ def make(
     faults += misfits(sites, subject)
     cache_schemes = [c for m in compressing if isinstance(m, SchemeModifier) and (c := m.cache()) is not None]
     caches, more = find_caches(cache_schemes, subject)
-    faults += more
+    faults += more + ([] if propagate else _without_propagation(modifiers, caches))
     target, more = find_target(compressing, sites)
     faults += more
     profiles, more = find_profiles(compressing, sites, len(subject.blocks))
@@ -272,7 +276,7 @@ def make(
     return Plan(
         tuple(sites), ignored, tuple(notes), shards, output_bytes, **memory,
         caches=tuple(caches), cache_scheme=next(iter(cache_schemes), None), smoothing=tuple(smoothing.uses),
-        inherited=tuple(inherited), target=target, profiles=profiles,
+        inherited=tuple(inherited), target=target, profiles=profiles, propagates=propagate,
     )  # fmt: skip
 
 
@@ -339,6 +343,19 @@ def _transposed(subject: Subject) -> str | None:
         f"{found[0]} and {len(found) - 1} more: Conv1D, which stores a linear's weight transposed; transformers and "
         "vLLM cannot load these quantized. Choose a model whose projections are Linear"
     )
+
+
+def _without_propagation(modifiers: Sequence[Any], caches: Sequence[CacheSite]) -> list[str]:
+    """What needs the stream of the compressed model."""
+    found = [
+        f"{type(m).__name__}{what}: works on the compressed model's stream: drop it, or set propagate (not effort fast)"
+        for m in modifiers
+        for what, asked in ((".correct", getattr(m, "correct", 0)), ("", "full" in m.needs))
+        if asked
+    ]
+    if caches:
+        found.append("kv_cache_scheme: its scales are those of the compressed model; set propagate (not effort fast)")
+    return found
 
 
 def quantized_before(changed: set[str], inherited: Sequence[Site]) -> list[str]:

@@ -200,7 +200,7 @@ def make_plans(
             else:
                 made = plan.make(
                     stage.modifiers, subject, max_memory=args.limit, batch_size=args.batch_size,
-                    trust_remote_code=args.trust_remote_code_model, **common,
+                    trust_remote_code=args.trust_remote_code_model, propagate=args.propagates, **common,
                 )  # fmt: skip
         except PlanError as error:
             faults += [f"{stage.name}: {p}" if several else p for p in error.problems]

@@ -39,8 +39,13 @@ def solve_sites(
     tuning: Tuning | None,
     *,
     collects: bool,
+    out: Callable[[int, Tensor], None] | None = None,
 ) -> list[Result]:
-    """Statistics, in as many passes as memory asks for, and the algebra on them; weights are not yet changed."""
+    """Statistics, in as many passes as memory asks for, and the algebra on them; weights are not yet changed.
+
+    Args:
+        out: takes the block's output for each batch, as it is before; only where `in_one_pass`.
+    """
     at = len(run.subject.blocks) if index is None else index
     for site in sites:  # before any forward: it would blame the linears that read what comes of it
         if not torch.isfinite(weight_of(run.subject.model, site)).all():
@@ -60,7 +65,7 @@ def solve_sites(
 
     if run.full is not None and index is not None and not needy and folding is None:
         advance_full(run, index, run.full, states)
-    gather = partial(_gather, run, index, states)
+    gather = partial(_gather, run, index, states, out=out)
     if folding is None:
         gather(by_module, {}, solve)
     else:
@@ -106,6 +111,7 @@ def _gather(
     others: dict[str, None],
     take: Take,
     phase: str = "solve",
+    out: Callable[[int, Tensor], None] | None = None,
 ) -> bool:
     """Hand over the statistics of every distinct input, with the module names of those that read it.
 
@@ -149,6 +155,7 @@ def _gather(
                 beside=None if policy else beside,
                 keep=None if policy or run.full is None else run.full.keep,
                 unpaired=frozenset(m for m, s in sites.items() if s.expert is not None),
+                out=out,
             )
             got = ranks.agreed(pass_)
             groups = ranks.reduce(got.groups, run.device)
@@ -206,6 +213,15 @@ def _at_once(
         free -= StatsAccumulator.nbytes(site.columns, needs)
         (now if free >= 0 or not now else later).append(module)
     return now, later
+
+
+def in_one_pass(run: Run, index: int, sites: Sequence[Site]) -> bool:
+    """Whether one forward of the block surely serves the statistics of all its sites."""
+    needy = [s for s in sites if s.needs]
+    if not needy or experts_in(run.subject, index) or run.plan.smoothing[index]:
+        return False
+    needs = frozenset().union(*(s.needs for s in needy))
+    return sum(StatsAccumulator.nbytes(s.columns, needs) for s in needy) <= run.plan.gram_bytes
 
 
 def _first(run: Run, states: HiddenStates) -> Batch:

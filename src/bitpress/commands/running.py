@@ -29,6 +29,7 @@ from bitpress.options import (
     Model,
     NumSamples,
     Pack,
+    Propagate,
     RecipeFile,
     Resume,
     Scheme,
@@ -64,6 +65,7 @@ def run_arguments(
     device: DeviceOption = Device.auto,
     max_memory: MaxMemory = None,
     batch_size: BatchSize = None,
+    propagate: Propagate = None,
     seed: Seed = 42,
     verify: Verify = True,
     resume: Resume = False,
@@ -73,13 +75,16 @@ def run_arguments(
     trust_pickle: TrustPickle = False,
 ) -> dict[str, Any]:
     """The options of a run, for every command that has them, as arguments of `bitpress.oneshot`."""
+    if propagate is None and effort is not None:
+        propagate = effort.value != "fast"
     written = written_recipe(scheme, bits, group_size, method, effort, ignore, recipe)
     return {
         "model": model, "dataset": dataset, "recipe": written,
         "bits": bits, "splits": split, "dataset_config_name": dataset_config, "text_column": text_column,
         "num_calibration_samples": num_samples, "max_seq_length": max_seq_length, "concatenate_data": pack,
         "stage": stage, "save_compressed": not dense, "device": device.value, "max_memory": max_memory,
-        "batch_size": batch_size, "seed": seed, "verify": verify, "resume": resume, "fresh": fresh,
+        "batch_size": batch_size, "propagate": propagate, "seed": seed, "verify": verify, "resume": resume,
+        "fresh": fresh,
         "trust_remote_code_model": trust_remote_code, "trust_remote_code_data": trust_remote_code,
         "trust_pickle": trust_pickle,
     }  # fmt: skip

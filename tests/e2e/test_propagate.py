@@ -1,0 +1,139 @@
+"""Calibration on the uncompressed model's stream: one forward of the data instead of two."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bitpress import oneshot
+from bitpress.blocks import Blocks
+from bitpress.errors import PlanError
+from bitpress.modifiers.quantization import GPTQModifier
+from conftest import build
+
+RECIPE = {"GPTQModifier": {"scheme": "W4A16", "group_size": 16, "ignore": ["lm_head"], "refine": 0}}
+ROWS = [
+    {"input_ids": torch.randint(3, 96, (24,), generator=torch.Generator().manual_seed(i)).tolist()} for i in range(8)
+]
+
+
+def saved(tmp_path, family="llama"):
+    folder = tmp_path / "model"
+    build(family).save_pretrained(folder)
+    return folder
+
+
+def compressed(model, out, **more):
+    oneshot(model, ROWS, RECIPE, output_dir=out, max_seq_length=24, num_calibration_samples=8, **more)
+    return {n: t for f in sorted(out.glob("*.safetensors")) for n, t in load_file(f).items()}
+
+
+def counted(monkeypatch):
+    calls = []
+    visit = Blocks.visit
+
+    def counting(self, index, batch, weights=None):
+        calls.append(index)
+        return visit(self, index, batch, weights)
+
+    monkeypatch.setattr(Blocks, "visit", counting)
+    return calls
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_blocks_are_calibrated_on_what_the_uncompressed_ones_give(tmp_path, family):
+    """The statistics of the last block are those of the original model, whatever came of the blocks before."""
+    folder = saved(tmp_path, family)
+    found = compressed(folder, tmp_path / "all", propagate=False)
+    alone = {"GPTQModifier": {**RECIPE["GPTQModifier"], "ignore": ["lm_head", r"re:.*layers\.0\..*"]}}
+    oneshot(folder, ROWS, alone, output_dir=tmp_path / "last", max_seq_length=24, num_calibration_samples=8)
+    last = {n: t for f in (tmp_path / "last").glob("*.safetensors") for n, t in load_file(f).items()}
+    names = [n for n in last if "layers.1." in n]
+    assert any(n.endswith("weight_packed") for n in names)
+    assert all(torch.equal(found[n], last[n]) for n in names)
+    drifted = compressed(folder, tmp_path / "drifted")
+    assert any(not torch.equal(found[n], drifted[n]) for n in names)
+
+
+def test_one_forward_instead_of_two(tmp_path, monkeypatch):
+    folder, calls = saved(tmp_path), counted(monkeypatch)
+    compressed(folder, tmp_path / "two", batch_size=8)
+    assert calls == [0, 0, 1]
+    calls.clear()
+    compressed(folder, tmp_path / "one", batch_size=8, propagate=False)
+    assert calls == [0, 1]
+
+
+def test_fast_is_without(tmp_path, monkeypatch):
+    folder, calls = saved(tmp_path), counted(monkeypatch)
+    common = {"max_seq_length": 24, "num_calibration_samples": 8, "group_size": 16, "scheme": "W4A16", "batch_size": 8}
+    oneshot(folder, ROWS, effort="fast", output_dir=tmp_path / "fast", **common)
+    assert calls == [0, 1]
+    calls.clear()
+    oneshot(folder, ROWS, effort="fast", propagate=True, output_dir=tmp_path / "asked", **common)
+    assert calls == [0, 0, 1]
+
+
+def test_statistics_in_several_passes(tmp_path, monkeypatch):
+    """Where memory defers some, the next block's input comes of a forward of its own."""
+    from bitpress import plan
+
+    folder = saved(tmp_path)
+    whole = compressed(folder, tmp_path / "whole", propagate=False)
+    real = plan.budget
+    monkeypatch.setattr(plan, "budget", lambda *a, **k: {**real(*a, **k), "gram_bytes": 1})
+    parts = compressed(folder, tmp_path / "parts", propagate=False)
+    assert all(torch.equal(whole[n], parts[n]) for n in whole)
+
+
+def test_a_killed_run_goes_on(tmp_path, monkeypatch):
+    from bitpress import pipeline
+
+    folder = saved(tmp_path)
+    whole = compressed(folder, tmp_path / "whole", propagate=False)
+    block = pipeline._block
+
+    def dying(run, index, *args, **kwargs):
+        if index == 1:
+            raise KeyboardInterrupt
+        block(run, index, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pipeline, "_block", dying)
+        compressed(folder, tmp_path / "killed", propagate=False)
+    found = compressed(folder, tmp_path / "killed", propagate=False, resume=True)
+    assert all(torch.equal(whole[n], found[n]) for n in whole)
+
+
+def test_a_module_in_memory(tmp_path):
+    folder = saved(tmp_path)
+    found = compressed(folder, tmp_path / "streamed", propagate=False)
+    model = oneshot(build("llama"), ROWS, RECIPE, max_seq_length=24, num_calibration_samples=8, propagate=False)
+    model.save_pretrained(tmp_path / "memory")
+    saved_too = {n: t for f in (tmp_path / "memory").glob("*.safetensors") for n, t in load_file(f).items()}
+    assert all(torch.equal(found[n], saved_too[n]) for n in found)
+
+
+def test_what_compares_with_the_compressed_stream_is_refused(tmp_path):
+    folder = saved(tmp_path)
+    recipe = {"GPTQModifier": {**RECIPE["GPTQModifier"], "correct": 0.4}, "TuneModifier": {}}
+    with pytest.raises(PlanError) as caught:
+        oneshot(folder, ROWS, recipe, output_dir=tmp_path / "out", propagate=False)
+    told = str(caught.value)
+    assert "GPTQModifier.correct" in told and "TuneModifier" in told
+    cache = GPTQModifier(
+        scheme="W4A16", group_size=16, ignore=["lm_head"],
+        kv_cache_scheme={"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False},
+    )  # fmt: skip
+    with pytest.raises(PlanError, match="kv_cache_scheme"):
+        oneshot(folder, ROWS, cache, output_dir=tmp_path / "out", propagate=False)
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_it_is_part_of_what_a_run_is(tmp_path):
+    folder = saved(tmp_path)
+    compressed(folder, tmp_path / "out", propagate=False)
+    assert json.loads((tmp_path / "out" / "report.json").read_text())
+    with pytest.raises(Exception, match="propagate"):
+        compressed(folder, tmp_path / "out", propagate=True)
