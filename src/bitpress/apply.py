@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # what `oneshot` takes beside the arguments of both
 RUN = (*OF_TRAINING, "scheme", "bits", "group_size", "method", "effort", "ignore", "max_memory", "batch_size",
-       "min_expert_tokens")  # fmt: skip
+       "min_expert_tokens", "propagate")  # fmt: skip
 
 
 def apply(

@@ -100,22 +100,22 @@ def budget(
 
 
 def _solver_bytes(sites: Sequence[Site], device: torch.device) -> int:
-    """What GPTQ with refinement, the solver that takes most, holds at once, as measured: ten copies of the weights that
-    it solves together, and with weights that need statistics eight of their Gram matrix."""
+    """What GPTQ with refinement, the solver that takes most, holds at once for the linears of an input."""
     first = [s for s in sites if s.block == sites[0].block] if sites else []
-    largest = max((s.rows * s.columns for s in sites), default=0)
-    together = max(
-        (sum(t.rows * t.columns for t in first if t.columns == s.columns) for s in first), default=0
-    )  # at most: not all linears of a width read the same input
-    alone = problem_bytes(max(largest, min(together, 4 * largest)), 0)
-    gram = problem_bytes(0, max((s.columns for s in sites if s.needs), default=0))
+    most = 0
+    for site in sites:
+        # at most: not all linears of a width read the same input
+        together = sum(t.rows * t.columns for t in first if t.columns == site.columns)
+        largest = site.rows * site.columns
+        weights = max(largest, min(together, 4 * largest))
+        most = max(most, problem_bytes(weights, site.columns if site.needs else 0))
     beside = 0 if device.type == "cuda" else min(sum(s.rows * s.columns for s in first), workers() * SMALL)
-    return max(alone, 4 * 10 * beside) + gram
+    return max(most, 4 * 10 * beside)
 
 
 def problem_bytes(weights: int, columns: int) -> int:
-    """What a solver holds for so many weights of one input of so many columns."""
-    return 4 * 10 * weights + 4 * 8 * columns**2
+    """What a solver holds for so many weights of one input of so many columns: while H is factored, and later."""
+    return 4 * max(3 * weights + 8 * columns**2, 10 * weights + 6 * columns**2)
 
 
 def tuning_bytes(sites: Sequence[Site], length: int, width: int, item: int) -> int:

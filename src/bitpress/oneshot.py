@@ -186,9 +186,9 @@ def oneshot(
             modifier that quantizes, which then names no scheme.
         group_size: with scheme: input columns per scale in place of the preset's; -1 is one scale a row.
         method: with scheme or bits: "gptq", the default, or "rtn", which rounds to nearest.
-        effort: with scheme or bits: "fast" only sweeps, without `propagate`; "balanced" moves scales between layers first
-            and undoes part of the drift of the inputs, without gradients; "best" tunes each block with gradients after
-            that; see `bitpress.effort`. None: GPTQ with its defaults.
+        effort: with scheme or bits: "fast" only sweeps, without `propagate`; "balanced" moves scales between layers
+            first and undoes part of the drift of the inputs, without gradients; "best" tunes each block with gradients
+            after that; see `bitpress.effort`. None: GPTQ with its defaults.
         ignore: with scheme or bits: linears to leave, patterns of `bitpress.targets`. None: "lm_head".
         tokenizer: object or path; None: the model's own. `processor` is the same under another name.
         splits: split of the data: "train[:5%]", a list, or {"calibration": ..., "train": ...}.

@@ -41,7 +41,7 @@ from bitpress.sites import (
 )
 from bitpress.size_target import SizeTarget, decided, find_target
 from bitpress.subject import Subject
-from bitpress.tuneplan import find_tuning, without_experts
+from bitpress.tuneplan import find_tuning, without_experts, without_propagation
 
 SURVEYED = (
     "bits: a survey of the uncompressed model comes first and chooses each linear's scheme; the size is then within "
@@ -224,7 +224,7 @@ def make(
     faults += misfits(sites, subject)
     cache_schemes = [c for m in compressing if isinstance(m, SchemeModifier) and (c := m.cache()) is not None]
     caches, more = find_caches(cache_schemes, subject)
-    faults += more + ([] if propagate else _without_propagation(modifiers, caches))
+    faults += more + ([] if propagate else without_propagation(modifiers, caches))
     target, more = find_target(compressing, sites)
     faults += more
     profiles, more = find_profiles(compressing, sites, len(subject.blocks))
@@ -343,19 +343,6 @@ def _transposed(subject: Subject) -> str | None:
         f"{found[0]} and {len(found) - 1} more: Conv1D, which stores a linear's weight transposed; transformers and "
         "vLLM cannot load these quantized. Choose a model whose projections are Linear"
     )
-
-
-def _without_propagation(modifiers: Sequence[Any], caches: Sequence[CacheSite]) -> list[str]:
-    """What needs the stream of the compressed model."""
-    found = [
-        f"{type(m).__name__}{what}: works on the compressed model's stream: drop it, or set propagate (not effort fast)"
-        for m in modifiers
-        for what, asked in ((".correct", getattr(m, "correct", 0)), ("", "full" in m.needs))
-        if asked
-    ]
-    if caches:
-        found.append("kv_cache_scheme: its scales are those of the compressed model; set propagate (not effort fast)")
-    return found
 
 
 def quantized_before(changed: set[str], inherited: Sequence[Site]) -> list[str]:

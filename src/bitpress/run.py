@@ -80,7 +80,9 @@ def watched(run: Run, states: HiddenStates, at: int, doing: str, start: float) -
     """All batches with their hidden states, reporting progress; a stage's half of a block starts at `start`."""
     for i, ids in enumerate(run.batches):
         run.progress.at(at, doing, start + 0.4 * i / len(run.batches))
-        yield ids.to(run.device), states[i]
+        hidden = states[i]
+        states.prefetch(i + 1)
+        yield ids.to(run.device), hidden
 
 
 def advance_full(run: Run, index: int, full: FullStream, states: HiddenStates) -> None:

@@ -14,7 +14,7 @@ class HiddenStates:
     """The hidden states of all batches.
 
     Args:
-        where: "device", "host" or "disk".
+        where: "device", "host" or "disk". On the host of a GPU they are in pinned memory, and copied beside the work.
         device: where they are used.
         folder: for "disk": where their files go; they are deleted at the end.
     """
@@ -23,6 +23,7 @@ class HiddenStates:
         self.where, self.device = where, device
         self._tensors: dict[int, Tensor] = {}
         self._files: set[int] = set()
+        self._copies = _Copies(device) if where == "host" and device.type == "cuda" else None
         if where == "disk":
             if folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -36,17 +37,25 @@ class HiddenStates:
             loaded: Tensor = torch.load(self._file(batch), weights_only=True)
             return loaded.to(self.device)
         held = self._tensors.get(batch)
-        return None if held is None else held.to(self.device, non_blocking=True)
+        if held is None or self._copies is None:
+            return held
+        return self._copies.take(batch, held)
+
+    def prefetch(self, batch: int) -> None:
+        """Start to bring a batch to the device, which will be asked for next."""
+        if self._copies is not None and (held := self._tensors.get(batch)) is not None:
+            self._copies.start(batch, held)
 
     def __setitem__(self, batch: int, states: Tensor) -> None:
         if self.where == "disk":
             torch.save(states.cpu(), self._file(batch))
             self._files.add(batch)
-        elif self.where == "host" and self.device.type == "cuda":
+        elif self._copies is not None:
             held = self._tensors.get(batch)
             if held is None:
                 held = torch.empty(states.shape, dtype=states.dtype, pin_memory=True)
-            self._tensors[batch] = held.copy_(states)
+            self._tensors[batch] = held
+            self._copies.store(batch, held, states)
         else:
             self._tensors[batch] = states
 
@@ -58,16 +67,66 @@ class HiddenStates:
             whole: Tensor = torch.load(self._file(batch), weights_only=True, mmap=True)
             return whole[row : row + 1].to(self.device, copy=True)
         held = self._tensors.get(batch)
-        return None if held is None else held[row : row + 1].to(self.device, non_blocking=True)
+        if held is None or self._copies is None:
+            return None if held is None else held[row : row + 1]
+        self._copies.wait(batch)
+        return held[row : row + 1].to(self.device, non_blocking=True)
 
     def _file(self, batch: int) -> Path:
         return self._folder / f"{batch}.pt"
 
     def close(self) -> None:
         """Free memory and files."""
+        if self._copies is not None:
+            torch.cuda.synchronize(self.device)  # pinned memory is not freed under a copy
         self._tensors.clear()
         if self.where == "disk":
             shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class _Copies:
+    """Copies between a GPU and pinned memory on streams of their own, one each way, beside the work."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._up = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._down = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._coming: dict[int, tuple[Tensor, torch.cuda.Event]] = {}
+        self._stored: dict[int, torch.cuda.Event] = {}
+
+    def start(self, batch: int, held: Tensor) -> None:
+        if batch in self._coming:
+            return
+        if batch in self._stored:
+            self._up.wait_event(self._stored[batch])
+        with torch.cuda.stream(self._up):
+            copy = held.to(self.device, non_blocking=True)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(self._up)
+        self._coming[batch] = copy, event
+
+    def take(self, batch: int, held: Tensor) -> Tensor:
+        self.start(batch, held)
+        copy, event = self._coming.pop(batch)
+        now = torch.cuda.current_stream(self.device)
+        now.wait_event(event)
+        copy.record_stream(now)
+        return copy
+
+    def store(self, batch: int, held: Tensor, states: Tensor) -> None:
+        self._coming.pop(batch, None)
+        self._down.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._down):
+            held.copy_(states, non_blocking=True)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(self._down)
+        states.record_stream(self._down)
+        self._stored[batch] = event
+
+    def wait(self, batch: int) -> None:
+        """What is queued from now on sees the batch in host memory as it was stored last."""
+        if batch in self._stored:
+            torch.cuda.current_stream(self.device).wait_event(self._stored[batch])
 
 
 class FullStream:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from bitpress.caches import CacheSite
 from bitpress.modifiers.base import LinearModifier, Modifier, names
 from bitpress.modifiers.tune import TuneModifier
 from bitpress.sites import Site
@@ -50,3 +51,16 @@ def find_tuning(
 def without_experts(sites: Sequence[Site]) -> list[Site]:
     """The sites, those of experts not tuned."""
     return [s if s.expert is None else replace(s, tuning=None) for s in sites]
+
+
+def without_propagation(modifiers: Sequence[Modifier], caches: Sequence[CacheSite]) -> list[str]:
+    """What needs the stream of the compressed model."""
+    found = [
+        f"{type(m).__name__}{what}: works on the compressed model's stream: drop it, or set propagate (not effort fast)"
+        for m in modifiers
+        for what, asked in ((".correct", getattr(m, "correct", 0)), ("", "full" in m.needs))
+        if asked
+    ]
+    if caches:
+        found.append("kv_cache_scheme: its scales are those of the compressed model; set propagate (not effort fast)")
+    return found

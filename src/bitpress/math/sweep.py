@@ -32,11 +32,9 @@ def inverse_factor(hessian: Tensor) -> Tensor:
     Raises:
         NumericsError: H, or one of several, is not positive definite in float32 nor in float64.
     """
-    flipped = hessian.flip(-2, -1)
-    lower, info = torch.linalg.cholesky_ex(flipped)
+    lower, info = torch.linalg.cholesky_ex(hessian.flip(-2, -1))
     if info.any():
-        flipped = flipped.double()
-        lower, info = torch.linalg.cholesky_ex(flipped)
+        lower, info = torch.linalg.cholesky_ex(hessian.flip(-2, -1).double())
         if info.any():
             raise NumericsError("the Gram matrix is not positive definite: raise dampening_frac or give more data")
     return triangular_inverse(lower).flip(-2, -1).to(hessian.dtype)
