@@ -19,7 +19,7 @@ from bitpress.math.kernels.rounding import nearest, numbers_of
 from bitpress.math.products import subtract_product
 
 COLUMNS = 128  # of a block
-STRIP, ROWS = 32, 16  # of a tile: what one warp holds in registers
+STRIP, ROWS, WARPS = 32, 16, 1  # of a tile: what one warp holds in registers
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -128,7 +128,7 @@ def walk(
             work, factor, scale, work if zero is None else zero, groups, work if keep is None else keep,
             work if dense is None else dense, steps, values, errors, base, C, R, scale.shape[1], *numbers_of(grid),
             FLOAT=grid.values != "int", ZERO=zero is not None, KEEP=keep is not None, DESCEND=dense is not None,
-            COUNT=count, B=COLUMNS, S=STRIP, T=ROWS, num_warps=1,
+            COUNT=count, B=COLUMNS, S=STRIP, T=ROWS, num_warps=WARPS,
         )  # fmt: skip
         end = base + count
         if end < C:
