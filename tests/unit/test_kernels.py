@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from bitpress.math.descent import descend, descend_by_kernel
-from bitpress.math.grid import Grid, find_qparams
+from bitpress.math.grid import Grid, QParams, find_qparams
 from bitpress.math.sweep import inverse_factor, sweep, sweep_by_kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -64,7 +64,8 @@ def test_the_losses_of_the_scale_search(kind, rows, columns):
     weight, gram, _, _ = problem(rows, columns, grid, 3)
     G = grid.groups(columns)
     candidates = [find_qparams(weight, grid, share=share) for share in (1.05, 0.8, 0.5)]
-    found = losses_by_kernel(weight.to(DEVICE), [c.to(DEVICE) for c in candidates], gram.diagonal().to(DEVICE), grid)
+    tried = QParams.stack([c.to(DEVICE) for c in candidates])
+    found = losses_by_kernel(weight.to(DEVICE), tried, gram.diagonal().to(DEVICE), grid)
     for loss, candidate in zip(found, candidates, strict=True):
         importance = gram.diagonal().reshape(1, G, -1)
         expected = _squared_error(weight.reshape(rows, G, -1), candidate, importance, grid)
@@ -88,8 +89,6 @@ def test_the_normal_equations_of_the_refit(rows, groups, size):
 
 
 def test_problems_solved_together_come_to_what_each_comes_to_alone(monkeypatch):
-    from bitpress.math.grid import QParams
-
     monkeypatch.setattr("bitpress.math.kernels.columns.COLUMNS", 16)
     monkeypatch.setattr("bitpress.math.kernels.columns.STRIP", 16)
     grid = Grid(per_tensor=False, scale_dtype=torch.bfloat16, **GRIDS["int4 group"])

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bitpress.errors import NumericsError
 from bitpress.math.products import bfloat16_products
+from bitpress.math.sweep import triangular_inverse
 
 # On the scale of a Hessian with unit diagonal, a penalty of 1 compares what a kept weight is worth with what a pruned
 # one would be. It is reached from below: that lets masks change, and slower growth than this found no better ones.
@@ -70,7 +71,11 @@ def _ridge_inverse(unit: Tensor, penalty: float) -> Tensor:
     lower, info = torch.linalg.cholesky_ex(ridge)
     if info.item() != 0:
         raise NumericsError("the Gram matrix is not positive definite: raise dampening_frac or give more data")
-    return torch.cholesky_inverse(lower)
+    if lower.device.type != "cuda":
+        return torch.cholesky_inverse(lower)
+    inverse = triangular_inverse(lower)
+    with _coarse_products(lower.device):
+        return inverse.T @ inverse
 
 
 def refit(weight: Tensor, start: Tensor, hessian: Tensor, keep: Tensor, steps: int) -> Tensor:

@@ -16,7 +16,18 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from bitpress.math.grid import CHUNK, Grid, QParams, Solved, dequantize, find_qparams, least, quantize, solved
+from bitpress.math.grid import (
+    CHUNK,
+    LARGE_CHUNK,
+    Grid,
+    QParams,
+    Solved,
+    dequantize,
+    find_qparams,
+    least,
+    quantize,
+    solved,
+)
 from bitpress.math.products import bfloat16_products
 
 SMALLEST = 1e-4  # of a scale before normalization
@@ -168,7 +179,7 @@ def _group_errors(weight: Tensor, qparams: QParams, grid: Grid, blocks: Tensor) 
     R, C = weight.shape
     G, size, _ = blocks.shape
     out = torch.empty(R, G, device=weight.device)
-    step = max(1, CHUNK // C)
+    step = max(1, (LARGE_CHUNK if weight.device.type == "cuda" else CHUNK) // C)
     for lo in range(0, R, step):
         w, q = weight[lo : lo + step], qparams.rows(lo, lo + step)
         delta = dequantize(quantize(w, q, grid), q).float().sub_(w).reshape(-1, G, size).transpose(0, 1)

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from bitpress.math.products import bfloat16_products, product
 
-CHUNK = 1 << 20  # weights per chunk of the scale search; 2^17 and less were slower
+# weights at a time, on a CPU and on a GPU; of the scale search, on a CPU, 2^17 and less were slower
+CHUNK, LARGE_CHUNK = 1 << 20, 1 << 26
 SHRINK = tuple(1.06 - 0.03 * k for k in range(22))  # candidate scales, as shares of the min-max scale
 # with four bits it pays to let the largest weight be a 4 in place of a 6 (Cook et al. 2025, arXiv 2512.02010)
 FOUR_OR_SIX = tuple(1.56 - 0.06 * k for k in range(16))
@@ -245,32 +246,34 @@ def find_qparams(
         return _from_range(low * share, high * share, grid, top)
     if importance is None:
         importance = torch.ones(C, device=weight.device)
+    if weight.device.type == "cuda":  # all candidates in one tensor: a launch each would take longer than the work
+        shares = torch.tensor(grid.shares, device=weight.device)[:, None, None]
+        tried = _from_range(low * shares, high * shares, grid, top)
+        return least_of(tried, losses_by_kernel(weight, tried, importance, grid), grid)
     candidates = [_from_range(low * share, high * share, grid, top) for share in grid.shares]
-    if weight.device.type == "cuda":
-        return least(candidates, losses_by_kernel(weight, candidates, importance, grid), grid)
     importance = importance.reshape(1, G, C // G).float()
     return least(candidates, [_squared_error(grouped, c, importance, grid) for c in candidates], grid)
 
 
-def losses_by_kernel(weight: Tensor, candidates: Sequence[QParams], importance: Tensor, grid: Grid) -> Sequence[Tensor]:
-    """What each candidate costs, (R, G), by `bitpress.math.kernels.search`."""
+def losses_by_kernel(weight: Tensor, tried: QParams, importance: Tensor, grid: Grid) -> Tensor:
+    """What each of the stacked candidates (K, R, G) costs, (K, R, G), by `bitpress.math.kernels.search`."""
     from bitpress.math.kernels import search
 
-    scale = torch.stack([c.effective() for c in candidates])
-    zeros = [c.zero_point.float() for c in candidates if c.zero_point is not None]
-    zero = torch.stack(zeros) if zeros else None
-    return search.losses(weight.contiguous(), scale, zero, importance.float().contiguous(), grid).unbind()
+    zero = None if tried.zero_point is None else tried.zero_point.float().contiguous()
+    scale = tried.effective().contiguous()
+    return search.losses(weight.contiguous(), scale, zero, importance.float().contiguous(), grid)
 
 
 def least(candidates: Sequence[QParams], losses: Sequence[Tensor], grid: Grid) -> QParams:
     """Of parameters that differ in their scales, for each scale the one with the least loss (R, G)."""
-    shared = [_shared(loss, grid, torch.sum) for loss in losses]
-    best = torch.stack(shared).argmin(0, keepdim=True)
-    scale = torch.stack([c.scale for c in candidates]).gather(0, best)[0]
-    if grid.symmetric:
-        return QParams(scale, None, candidates[0].global_scale)
-    zeros = torch.stack([c.zero_point for c in candidates if c.zero_point is not None])
-    return QParams(scale, zeros.gather(0, best)[0])
+    return least_of(QParams.stack(candidates), torch.stack(list(losses)), grid)
+
+
+def least_of(tried: QParams, losses: Tensor, grid: Grid) -> QParams:
+    """`least` of candidates stacked to (K, R, G)."""
+    best = torch.stack([_shared(loss, grid, torch.sum) for loss in losses]).argmin(0, keepdim=True)
+    zero = None if tried.zero_point is None else tried.zero_point.gather(0, best)[0]
+    return QParams(tried.scale.gather(0, best)[0], zero, tried.global_scale)
 
 
 def find_all(

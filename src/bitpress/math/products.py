@@ -25,19 +25,6 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return multiply(torch.cat([a1, a2, a1], -1), torch.cat([b1, b1, b2], -2), out_dtype=torch.float32)
 
 
-def subtract_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """`out -= a^T b` of float32, in place; on a GPU as `product`. a: (E, K, M), b: (E, K, N), out: (E, M, N)."""
-    if out.device.type != "cuda":
-        out.baddbmm_(a.mT, b, alpha=-1)
-        return
-    (a1, a2), (b1, b2) = halves(a), halves(b)
-    left, right = torch.cat([a1, a2, a1], -2).mT, torch.cat([b1, b1, b2], -2)
-    if len(out) == 1:
-        torch.addmm(out[0], left[0], right[0], out_dtype=torch.float32, alpha=-1, out=out[0])
-    else:
-        out.sub_(torch.bmm(left, right, out_dtype=torch.float32))
-
-
 def halves(x: Tensor) -> tuple[Tensor, Tensor]:
     """Two bfloat16 tensors whose sum is `x` to 16 bits."""
     high = x.to(torch.bfloat16)

@@ -10,9 +10,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from bitpress.math.grid import Grid, QParams, values_of
+from bitpress.math.grid import CHUNK, LARGE_CHUNK, Grid, QParams, values_of
+from bitpress.math.products import product
 
-CHUNK, LARGE_CHUNK = 1 << 20, 1 << 26  # numbers of the normal equations solved together, on a CPU and on a GPU
 RIDGE = 1e-4  # of the mean diagonal: pulls scales that the data says nothing about to where they were
 FARTHEST = 2.0  # times its old value that a scale may become
 
@@ -63,8 +63,8 @@ def _normal_matrices(z: Tensor, hessian: Tensor, groups: int) -> Tensor:
     normal = torch.empty(R, groups, groups, device=z.device)
     for g in range(groups):
         rows, columns = slice(g * size, (g + 1) * size), slice(g * size, C)  # the matrix is symmetric
-        product = (z[:, rows] @ hessian[rows, columns]).mul_(z[:, columns])
-        normal[:, g, g:] = product.reshape(R, groups - g, size).sum(-1)
+        pulled = product(z[:, rows], hessian[rows, columns]).mul_(z[:, columns])
+        normal[:, g, g:] = pulled.reshape(R, groups - g, size).sum(-1)
         normal[:, g:, g] = normal[:, g, g:]
     return normal
 

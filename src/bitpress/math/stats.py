@@ -169,7 +169,10 @@ class GramAccumulator:
         if x.device.type == "cuda" and exact:
             for lo, hi in self._block_rows():
                 part = self._sum[lo:hi, lo:]
-                torch.addmm(part, x[:, lo:hi].T, x[:, lo:], out_dtype=torch.float32, out=part)
+                if x.shape[1] % 8:  # cuBLAS adds in place to aligned matrices only
+                    part += torch.mm(x[:, lo:hi].T, x[:, lo:], out_dtype=torch.float32)
+                else:
+                    torch.addmm(part, x[:, lo:hi].T, x[:, lo:], out_dtype=torch.float32, out=part)
             return
         with bfloat16_products(exact):
             for part in torch.split(x, CHUNK):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bitpress.errors import NumericsError
 from bitpress.math.grid import Grid, QParams, values_of
+from bitpress.math.products import product
 
 SUBSTITUTED = 1024  # rows of a triangular matrix that is not halved
 LEAF = 16  # columns updated one by one; wider blocks are halved and updated by matrix products
@@ -51,7 +52,7 @@ def triangular_inverse(lower: Tensor) -> Tensor:
     out = torch.zeros_like(lower)
     out[..., :half, :half] = first = triangular_inverse(lower[..., :half, :half])
     out[..., half:, half:] = second = triangular_inverse(lower[..., half:, half:])
-    out[..., half:, :half] = (second @ (lower[..., half:, :half] @ first)).neg_()
+    out[..., half:, :half] = product(second, product(lower[..., half:, :half], first)).neg_()
     return out
 
 

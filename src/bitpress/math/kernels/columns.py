@@ -16,16 +16,15 @@ from torch import Tensor
 
 from bitpress.math.grid import Grid
 from bitpress.math.kernels.rounding import nearest, numbers_of
-from bitpress.math.products import subtract_product
 
 COLUMNS = 128  # of a block
-STRIP, ROWS, WARPS = 32, 16, 1  # of a tile: what one warp holds in registers
+STRIP, ROWS, WARPS = 32, 32, 1  # of a tile: what one warp holds in registers
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _block(  # type: ignore[no-untyped-def]  # the compiler reads annotations
     work, factor, scale, zero, groups, keep, dense, steps, values,
-    errors, base, C, R, G, low, high, least, fraction,
+    errors, split, base, C, R, G, low, high, least, fraction,
     FLOAT: tl.constexpr, ZERO: tl.constexpr, KEEP: tl.constexpr, DESCEND: tl.constexpr,
     COUNT: tl.constexpr, B: tl.constexpr, S: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
@@ -34,6 +33,7 @@ def _block(  # type: ignore[no-untyped-def]  # the compiler reads annotations
     steps += problem * C
     groups += problem * C
     errors += problem * B * R
+    split += problem * 3 * B * R
     scale += problem * G * R
     work += problem * C * R
     values += problem * C * R
@@ -86,6 +86,11 @@ def _block(  # type: ignore[no-untyped-def]  # the compiler reads annotations
                 error = tl.div_rn(w - q, step)
             tl.store(values + at * R + rows, x, mask=live)
             tl.store(errors + (start + j) * R + rows, error, mask=live)
+            half = error.to(split.dtype.element_ty)
+            tl.store(split + (start + j) * R + rows, half, mask=live)
+            tl.store(split + (B + start + j) * R + rows, half, mask=live)
+            rest = (error - half.to(tl.float32)).to(split.dtype.element_ty)
+            tl.store(split + (2 * B + start + j) * R + rows, rest, mask=live)
             tile = tile - u[:, None] * error[None, :]
             s, u, step, at = s_ahead, u_ahead, step_ahead, ahead
             group = tl.load(groups + tl.minimum(at + 1, C - 1))
@@ -121,16 +126,45 @@ def walk(
     E, C, R = work.shape
     values = torch.empty_like(work)
     errors = torch.empty(E, COLUMNS, R, device=work.device)
+    exact = torch.bfloat16 if work.is_cuda else torch.float32  # Triton's interpreter cannot make bfloat16
+    split = torch.empty(E, 3 * COLUMNS, R, dtype=exact, device=work.device)
     groups, factor = groups.to(torch.int32).contiguous(), factor.contiguous()
+    left = _split(factor)
     for base in range(0, C, COLUMNS):
         count = min(COLUMNS, C - base)
         _block[(triton.cdiv(R, ROWS), E)](
             work, factor, scale, work if zero is None else zero, groups, work if keep is None else keep,
-            work if dense is None else dense, steps, values, errors, base, C, R, scale.shape[1], *numbers_of(grid),
+            work if dense is None else dense, steps, values, errors, split, base, C, R, scale.shape[1],
+            *numbers_of(grid),
             FLOAT=grid.values != "int", ZERO=zero is not None, KEEP=keep is not None, DESCEND=dense is not None,
             COUNT=count, B=COLUMNS, S=STRIP, T=ROWS, num_warps=WARPS,
         )  # fmt: skip
         end = base + count
         if end < C:
-            subtract_product(work[:, end:], factor[:, base:end, end:], errors[:, :count])
+            _subtract(work[:, end:], left[:, base // COLUMNS, :, end:], split)
     return values
+
+
+def _split(factor: Tensor) -> Tensor:
+    """The rows of every block but the last as bfloat16 halves, high, low and high again: (E, blocks, 3 * COLUMNS, C).
+
+    Against the halves of the errors, high twice and low, that is a product of float32 good to 16 bits in one launch.
+    """
+    E, C, _ = factor.shape
+    blocks = -(-C // COLUMNS) - 1
+    rows = factor[:, : blocks * COLUMNS].reshape(E, blocks, COLUMNS, C)
+    left = torch.empty(E, blocks, 3, COLUMNS, C, dtype=torch.bfloat16, device=factor.device)
+    left[:, :, 0] = rows
+    left[:, :, 2] = left[:, :, 0]
+    torch.sub(rows, left[:, :, 0], out=left[:, :, 1])
+    return left.reshape(E, blocks, 3 * COLUMNS, C)
+
+
+def _subtract(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """`out -= left^T right` in float32, of bfloat16; left: (E, K, M), right: (E, K, N), out: (E, M, N)."""
+    if out.device.type != "cuda":
+        out.baddbmm_(left.float().mT, right.float(), alpha=-1)
+    elif len(out) == 1:
+        torch.addmm(out[0], left[0].T, right[0], out_dtype=torch.float32, alpha=-1, out=out[0])
+    else:
+        out.sub_(torch.bmm(left.mT, right, out_dtype=torch.float32))
