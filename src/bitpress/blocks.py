@@ -8,7 +8,7 @@ per-layer arguments of its architecture; then the forward is left. The only hook
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.func import functional_call
 
 from bitpress.attention import sliced
 from bitpress.errors import NumericsError, PlanError
+from bitpress.fused import fused_norms
 from bitpress.math.activations import OutputRange
 from bitpress.math.stats import InputStats, StatsAccumulator
 
@@ -112,6 +113,7 @@ class Blocks:
     ) -> Any:
         with (
             sliced(),
+            fused_norms(self.modules[index]) if weights is None else nullcontext(),
             _forwards(self.modules[:index], self._through),
             _forwards(self.modules[index : index + 1], at_work),
         ):

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from bitpress.sites import Site
 
 PROCESS_BYTES = 900 << 20  # python, torch and transformers themselves, as measured
+EXPERT_BATCHES = 4  # times as many on a GPU where experts share them
 TOGETHER = 4 << 30  # bytes, beyond what one needs, for problems that a GPU solves together
 SMALL = 1 << 21  # weights; larger linears are solved one at a time: each keeps all cores busy, and takes memory
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}  # on the CPU 8192 are not faster, and take 130 MB more
@@ -77,7 +78,9 @@ def budget(
         )
     if batch_size is None:
         by_memory = (limit - fixed) // (4 * sequence)
-        batch_size = int(max(1, min(samples, BATCH_TOKENS[device.type] // length, by_memory)))
+        shared = not on_cpu and any(s.expert is not None for s in sites)
+        tokens = BATCH_TOKENS[device.type] * (EXPERT_BATCHES if shared else 1)
+        batch_size = int(max(1, min(samples, tokens // length, by_memory)))
     room = limit - fixed - batch_size * sequence
     if hidden <= room // 2:
         where = "device"

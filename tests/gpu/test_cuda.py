@@ -96,3 +96,25 @@ def test_a_model_in_memory_comes_back_to_its_device(tmp_path):
     assert {p.device.type for p in model.parameters()} == {"cpu"}
     model.save_pretrained(tmp_path / "out", save_compressed=True)
     assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_norms_are_fused_where_the_kernel_computes_the_same():
+    from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    from bitpress.fused import fused_norms
+
+    llama = LlamaRMSNorm(256).to("cuda", torch.bfloat16)
+    gemma = Gemma2RMSNorm(256).to("cuda", torch.bfloat16)
+    for norm in (llama, gemma):
+        norm.weight.data.uniform_(0.5, 1.5)
+    x = torch.randn(4, 32, 256, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = [llama(x), gemma(x)]
+        with fused_norms(torch.nn.ModuleList([llama, gemma])):
+            assert "forward" in llama.__dict__ and "forward" not in gemma.__dict__
+            found = [llama(x), gemma(x)]
+    assert "forward" not in llama.__dict__
+    assert (found[0] == expected[0]).float().mean() > 0.99
+    torch.testing.assert_close(found[0], expected[0], rtol=2**-7, atol=0)
+    assert torch.equal(found[1], expected[1])

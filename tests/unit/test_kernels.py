@@ -105,3 +105,17 @@ def test_problems_solved_together_come_to_what_each_comes_to_alone(monkeypatch):
         assert (codes[e].cpu() == expected).float().mean() > 0.99
         expected = descend(alone[0], codes[e].cpu(), gram[e].cpu(), *alone[1:], 8, passes=1, keep=keep[e])
         assert (better[e].cpu() == expected).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 24), (2, 128)])
+def test_rms_norm_is_that_of_transformers(shape):
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    from bitpress.math.kernels.norm import rms_norm
+
+    norm = LlamaRMSNorm(shape[-1], eps=1e-5)
+    generator = torch.Generator().manual_seed(0)
+    norm.weight.data = torch.rand(shape[-1], generator=generator)
+    x = torch.randn(shape, generator=generator)
+    found = rms_norm(x.to(DEVICE), norm.weight.detach().to(DEVICE), 1e-5).cpu()
+    torch.testing.assert_close(found, norm(x).detach(), rtol=1e-6, atol=1e-6)

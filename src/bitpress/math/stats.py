@@ -18,6 +18,7 @@ from bitpress.math.products import bfloat16_products
 # flop. On 2 cores with AVX-512 bfloat16, 8192 x 1536 took 81 ms whole, 58 ms in rows of 512, 50 ms in rows of 192;
 # 8192 x 576 took 18.7 ms of one core in rows of 192, 16.6 ms in rows of 96.
 BLOCK_ROW, MOST_ROWS = 96, 8
+LEAST_FLOPS = 1 << 35  # of a block row on a GPU: less is over before the next one is launched
 EXTREME = 16  # times the median energy, beyond which a token says nothing about drift
 CHUNK = 2048  # tokens converted to float32 at a time; the buffer is reused, fresh memory costs more than the copy
 
@@ -167,7 +168,7 @@ class GramAccumulator:
         self._tokens += x.shape[0]
         exact = x.dtype == torch.bfloat16
         if x.device.type == "cuda" and exact:
-            for lo, hi in self._block_rows():
+            for lo, hi in self._block_rows(most=max(1, 2 * x.numel() * x.shape[1] // LEAST_FLOPS)):
                 part = self._sum[lo:hi, lo:]
                 if x.shape[1] % 8:  # cuBLAS adds in place to aligned matrices only
                     part += torch.mm(x[:, lo:hi].T, x[:, lo:], out_dtype=torch.float32)
@@ -180,9 +181,9 @@ class GramAccumulator:
                 for lo, hi in self._block_rows():
                     self._sum[lo:hi, lo:].addmm_(full[:, lo:hi].T, full[:, lo:])
 
-    def _block_rows(self) -> Iterator[tuple[int, int]]:
+    def _block_rows(self, most: int = MOST_ROWS) -> Iterator[tuple[int, int]]:
         channels = self._sum.shape[0]
-        step = max(BLOCK_ROW, -(-channels // MOST_ROWS))
+        step = max(BLOCK_ROW, -(-channels // min(most, MOST_ROWS)))
         for lo in range(0, channels, step):
             yield lo, min(lo + step, channels)
 

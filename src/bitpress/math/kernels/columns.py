@@ -17,7 +17,7 @@ from torch import Tensor
 from bitpress.math.grid import Grid
 from bitpress.math.kernels.rounding import nearest, numbers_of
 
-COLUMNS = 128  # of a block
+COLUMNS = 256  # of a block
 STRIP, ROWS, WARPS = 32, 32, 1  # of a tile: what one warp holds in registers
 
 
