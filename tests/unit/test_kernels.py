@@ -119,3 +119,26 @@ def test_rms_norm_is_that_of_transformers(shape):
     x = torch.randn(shape, generator=generator)
     found = rms_norm(x.to(DEVICE), norm.weight.detach().to(DEVICE), 1e-5).cpu()
     torch.testing.assert_close(found, norm(x).detach(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("preserve", [False, True])
+@pytest.mark.parametrize(("pruned", "size"), [(2, 4), (3, 8)])
+def test_a_turn_of_the_mask_search(pruned, size, preserve):
+    from bitpress.math.kernels.turns import turn
+    from bitpress.math.masks import Structure, keep_in_groups
+
+    pattern, generator = Structure(pruned, size), torch.Generator().manual_seed(size)
+    free, dual, fixed = (torch.randn(3, 5 * size, generator=generator) for _ in range(3))
+    free[0, :size] = dual[0, :size] = 1.0  # all the same: the first ones go
+    gone = torch.rand(3, 5 * size, generator=generator) < 0.3 if preserve else None
+    found = [t.to(DEVICE, copy=True) for t in (free, dual, fixed, free, free, torch.zeros_like(free) > 0)]
+    turn(*found, 0.25, 0.5, pattern=pattern, gone=None if gone is None else gone.to(DEVICE))
+    wanted = free + dual / 0.25
+    scores = wanted.abs() if gone is None else wanted.abs().masked_fill(gone, -1)
+    keep = keep_in_groups(scores, pattern)
+    keep = keep if gone is None else keep & ~gone
+    wanted = wanted * keep
+    assert torch.equal(found[5].cpu(), keep)
+    torch.testing.assert_close(found[3].cpu(), wanted)
+    torch.testing.assert_close(found[1].cpu(), dual + 0.25 * (free - wanted))
+    torch.testing.assert_close(found[4].cpu(), fixed - found[1].cpu() + 0.5 * wanted)

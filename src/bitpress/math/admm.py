@@ -12,13 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bitpress.errors import NumericsError
-from bitpress.math.products import bfloat16_products
+from bitpress.math.masks import Structure
+from bitpress.math.products import bfloat16_products, product
 from bitpress.math.sweep import triangular_inverse
 
 # On the scale of a Hessian with unit diagonal, a penalty of 1 compares what a kept weight is worth with what a pruned
@@ -28,7 +30,14 @@ FIRST_PENALTY, ROUNDS_EACH = 0.1, 3
 Choose = Callable[[Tensor], Tensor]
 
 
-def search(weight: Tensor, hessian: Tensor, choose: Choose, rounds: int) -> tuple[Tensor, Tensor]:
+def search(
+    weight: Tensor,
+    hessian: Tensor,
+    choose: Choose,
+    rounds: int,
+    pattern: Structure | None = None,
+    gone: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """A mask, and weights near the best ones under it.
 
     Args:
@@ -37,6 +46,8 @@ def search(weight: Tensor, hessian: Tensor, choose: Choose, rounds: int) -> tupl
         choose: the mask (R, C) of scores (R, C); they are |w| times the root of H's diagonal.
         rounds: turns; the penalty grows after every third. 30 are enough for a mask to settle, half as many lose a
             tenth of the gain over the sweep.
+        pattern: what `choose` keeps to, if that is an N:M pattern; then a GPU takes each turn in one launch.
+        gone: (R, C) bool, weights that `choose` never keeps.
 
     Returns:
         The pruned weights (R, C) and their mask.
@@ -47,22 +58,33 @@ def search(weight: Tensor, hessian: Tensor, choose: Choose, rounds: int) -> tupl
     root = hessian.diagonal().sqrt()
     unit = hessian / root / root[:, None]
     pruned = weight * root
-    fixed, dual = pruned @ unit, torch.zeros_like(pruned)
+    fixed, dual = product(pruned, unit), torch.zeros_like(pruned)
     free, mixed = torch.empty_like(pruned), torch.empty_like(pruned)  # reused: fresh memory costs more than the sums
     keep = torch.ones_like(pruned, dtype=torch.bool)
     levels = -(-rounds // ROUNDS_EACH)
-    for level in range(levels):
-        penalty = FIRST_PENALTY ** (1 - level / max(levels - 1, 1))
-        inverse = _ridge_inverse(unit, penalty)
-        for _ in range(min(ROUNDS_EACH, rounds - level * ROUNDS_EACH)):
+    penalties = [FIRST_PENALTY ** (1 - (i // ROUNDS_EACH) / max(levels - 1, 1)) for i in range(rounds)]
+    turn = None if pattern is None or weight.device.type != "cuda" else _in_one_launch(pattern, gone)
+    for i, penalty in enumerate(penalties):
+        if i % ROUNDS_EACH == 0:
+            inverse = _ridge_inverse(unit, penalty)
+        if i == 0 or turn is None:
             torch.sub(fixed, dual, out=mixed).add_(pruned, alpha=penalty)
-            with _coarse_products(free.device):  # a score needs no more; the weights are solved for afterwards
-                torch.mm(mixed, inverse, out=free)
-            torch.add(free, dual, alpha=1 / penalty, out=pruned)
-            keep = choose(torch.abs(pruned, out=mixed))
-            pruned.masked_fill_(~keep, 0)
-            dual.add_(torch.sub(free, pruned, out=free), alpha=penalty)
+        with _coarse_products(free.device):  # a score needs no more; the weights are solved for afterwards
+            torch.mm(mixed, inverse, out=free)
+        if turn is not None:
+            turn(free, dual, fixed, pruned, mixed, keep, penalty, penalties[min(i + 1, rounds - 1)])
+            continue
+        torch.add(free, dual, alpha=1 / penalty, out=pruned)
+        keep = choose(torch.abs(pruned, out=mixed))
+        pruned.masked_fill_(~keep, 0)
+        dual.add_(torch.sub(free, pruned, out=free), alpha=penalty)
     return pruned / root, keep
+
+
+def _in_one_launch(pattern: Structure, gone: Tensor | None) -> Callable[..., None] | None:
+    from bitpress.math.kernels import turns
+
+    return partial(turns.turn, pattern=pattern, gone=gone) if pattern.size in turns.SIZES else None
 
 
 def _ridge_inverse(unit: Tensor, penalty: float) -> Tensor:
@@ -95,7 +117,7 @@ def refit(weight: Tensor, start: Tensor, hessian: Tensor, keep: Tensor, steps: i
     """
     mask, precondition = keep.to(weight.dtype), 1 / hessian.diagonal()
     x = start.clone()
-    residual = ((weight - x) @ hessian).mul_(mask)
+    residual = product(weight - x, hessian).mul_(mask)
     direction = residual * precondition
     power = (residual * direction).sum(1, keepdim=True)
     for _ in range(steps):

@@ -72,7 +72,7 @@ def sparsegpt(
         return keep if gone is None else keep & ~gone
 
     if rounds:
-        start, keep = search(stacked, hessian, choose, rounds)
+        start, keep = search(stacked, hessian, choose, rounds, structure, gone)
         found = refit(stacked, start, hessian, keep, REFIT_STEPS)
     else:
         found = prune_in_order(stacked, heights, hessian, sparsity, structure, block_size, gone)
