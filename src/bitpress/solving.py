@@ -270,7 +270,9 @@ def _solve(run: Run, jobs: Sequence[Job], folding: Folding | None, tuning: Tunin
             if on_cpu:
                 memory.give_back()
         found += together(tasks[alone:])
-    own = {i: outcome for bundle, got in zip(bundles, found, strict=True) for i, outcome in zip(bundle, got, strict=True)}
+    own = {
+        i: outcome for bundle, got in zip(bundles, found, strict=True) for i, outcome in zip(bundle, got, strict=True)
+    }
     done: dict[int, list[Part] | NumericsError] = {}
     for number in range(ranks.world_size()):
         done |= ranks.share(own, number)
