@@ -47,7 +47,7 @@ def main() -> None:
     from datasets import Dataset
     from llmcompressor import oneshot
     from loguru import logger
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     logger.remove()  # it logs to stdout
     logger.add(sys.stderr)
@@ -58,9 +58,15 @@ def main() -> None:
     torch.cuda.synchronize()
     clock = time.perf_counter()
     oneshot(
-        model=model, dataset=data, recipe=steps, num_calibration_samples=len(rows), max_seq_length=len(rows[0]),
-        batch_size=args.batch, shuffle_calibration_samples=False,
-    )  # fmt: skip
+        model=model,
+        processor=AutoTokenizer.from_pretrained(args.model),
+        dataset=data,
+        recipe=steps,
+        num_calibration_samples=len(rows),
+        max_seq_length=len(rows[0]),
+        batch_size=args.batch,
+        shuffle_calibration_samples=False,
+    )
     torch.cuda.synchronize()
     seconds = time.perf_counter() - clock
     model.save_pretrained(args.out, save_compressed=True)

@@ -167,4 +167,4 @@ def _subtract(out: Tensor, left: Tensor, right: Tensor) -> None:
     elif len(out) == 1:
         torch.addmm(out[0], left[0].T, right[0], out_dtype=torch.float32, alpha=-1, out=out[0])
     else:
-        out.sub_(torch.bmm(left.mT, right, out_dtype=torch.float32))
+        torch.baddbmm(out, left.mT, right, out_dtype=torch.float32, alpha=-1, out=out)
