@@ -186,7 +186,8 @@ def measure_peer(model: Path, out: Path, rows: Path, case: str, args: argparse.N
         raise RuntimeError(f"{' '.join(command)}: {done.stderr[-2000:]}")
     found = json.loads(done.stdout.splitlines()[-1])
     return {
-        "case": case, "tool": "llm-compressor", "seconds_per_block": found["seconds"] / args.blocks,
+        "case": case, "tool": "llm-compressor", "batch": args.peer_batch,
+        "seconds_per_block": found["seconds"] / args.blocks,
         "device_gb": found["device_gb"], "host_gb": found["host_gb"],
     }  # fmt: skip
 
@@ -194,13 +195,12 @@ def measure_peer(model: Path, out: Path, rows: Path, case: str, args: argparse.N
 @torch.no_grad()
 def hidden(folder: Path, rows: list[list[int]]) -> torch.Tensor:
     """Hidden states after the last block, (B, L, C), of a checkpoint."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
     from bitpress.inspection import is_quantized
-    from bitpress.transformers import SparseAutoModelForCausalLM
 
-    kind = SparseAutoModelForCausalLM if is_quantized(folder) else AutoModelForCausalLM
-    model = kind.from_pretrained(folder, dtype=torch.bfloat16).cuda()
+    how = {"quantization_config": CompressedTensorsConfig(run_compressed=False)} if is_quantized(folder) else {}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **how).cuda()
     found = [model.model(input_ids=torch.tensor([row]).cuda()).last_hidden_state.cpu() for row in rows]
     del model
     torch.cuda.empty_cache()
