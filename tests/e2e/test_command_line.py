@@ -101,8 +101,10 @@ def test_signals(number, code, said, start, monkeypatch):
         time.sleep(10)
 
     monkeypatch.setattr(environment, "environment", wait)
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run in the background
     before = signal.getsignal(signal.SIGTERM)
     ended, _, err = start("env")
+    signal.signal(signal.SIGINT, ignored)
     assert ended == code and said in err and signal.getsignal(signal.SIGTERM) is before
 
 
