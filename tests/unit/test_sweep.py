@@ -7,7 +7,7 @@ import torch
 
 from bitpress.errors import NumericsError
 from bitpress.math.grid import Grid, QParams, dequantize, find_qparams, quantize
-from bitpress.math.sweep import LEAF, by_columns, inverse_factor, sweep, walk
+from bitpress.math.sweep import LEAF, by_columns, inverse_by_halves, inverse_factor, sweep, walk
 
 
 def positive(size, seed=0):
@@ -22,6 +22,18 @@ def positive(size, seed=0):
 def pascal(size):
     """Integers, positive definite with determinant 1, and ill-conditioned."""
     return torch.tensor([[math.comb(i + j, i) for j in range(size)] for i in range(size)], dtype=torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (9, 9), (65, 65), (3, 40, 40), (2, 33, 33)])
+def test_inverse_of_a_triangle_by_halves(shape):
+    """With sizes that halve evenly and sizes that do not, one matrix and several."""
+    grams = [positive(shape[-1], seed) for seed in range(math.prod(shape[:-2]))]
+    lower = torch.linalg.cholesky(torch.stack(grams).double()).reshape(shape).float()
+    found = inverse_by_halves(lower, 8)
+    expected = torch.linalg.inv(lower.double())
+    assert found.shape == lower.shape
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    assert not found.triu(1).any()
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 16, 65, 130])

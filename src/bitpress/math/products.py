@@ -18,7 +18,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
     On a GPU from three products of bfloat16 halves, each factor good to 16 bits (TF32: 11).
     """
-    if a.device.type != "cuda":
+    if a.device.type != "cuda" or a.dtype != torch.float32:
         return a @ b
     (a1, a2), (b1, b2) = halves(a), halves(b)
     multiply = torch.bmm if a.dim() == 3 else torch.mm

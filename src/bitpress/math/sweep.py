@@ -9,6 +9,7 @@ inv(H) = U^T U.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -42,18 +43,37 @@ def inverse_factor(hessian: Tensor) -> Tensor:
 
 
 def triangular_inverse(lower: Tensor) -> Tensor:
-    """The inverse of a lower triangular matrix; on a GPU by halves, where products are faster than substitution."""
-    size = lower.shape[-1]
-    if lower.device.type != "cuda" or size <= SUBSTITUTED:
-        eye = torch.eye(size, dtype=lower.dtype, device=lower.device)
-        inverse: Tensor = torch.linalg.solve_triangular(lower, eye.expand(lower.shape), upper=False)
-        return inverse
-    half = size // 2
-    out = torch.zeros_like(lower)
-    out[..., :half, :half] = first = triangular_inverse(lower[..., :half, :half])
-    out[..., half:, half:] = second = triangular_inverse(lower[..., half:, half:])
-    out[..., half:, :half] = product(second, product(lower[..., half:, :half], first)).neg_()
-    return out
+    """The inverse of lower triangular matrices (..., C, C); on a GPU by halves, where products beat substitution."""
+    if lower.device.type == "cuda" and lower.shape[-1] > SUBSTITUTED:
+        return inverse_by_halves(lower, SUBSTITUTED)
+    eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
+    inverse: Tensor = torch.linalg.solve_triangular(lower, eye.expand(lower.shape), upper=False)
+    return inverse
+
+
+def inverse_by_halves(lower: Tensor, leaf: int) -> Tensor:
+    """`triangular_inverse`: blocks on the diagonal of at most `leaf` columns by substitution, all of them at once; then
+    two neighbours become one, with - inv(B) X inv(A) below, until one is left."""
+    C = lower.shape[-1]
+    count = 1 << max(0, math.ceil(math.log2(C / leaf)))
+    size = -(-C // count)
+    whole = lower.reshape(-1, C, C)
+    if size * count > C:
+        whole = torch.eye(size * count, dtype=lower.dtype, device=lower.device).repeat(len(whole), 1, 1)
+        whole[:, :C, :C] = lower.reshape(-1, C, C)
+    E = len(whole)
+    blocks = whole.reshape(E, count, size, count, size).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+    done = triangular_inverse(blocks.reshape(E * count, size, size))
+    while count > 1:
+        count //= 2
+        below = whole.reshape(E, count, 2, size, count, 2, size)[:, :, 1, :, :, 0]
+        below = below.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(E * count, size, size)
+        first, second = done[0::2], done[1::2]
+        joined = done.new_zeros(E * count, 2 * size, 2 * size)
+        joined[:, :size, :size], joined[:, size:, size:] = first, second
+        joined[:, size:, :size] = product(second, product(below, first)).neg_()
+        done, size = joined, 2 * size
+    return done[:, :C, :C].reshape(lower.shape)
 
 
 def sweep(
