@@ -20,7 +20,7 @@ from bitpress.caches import CacheSite, find_caches
 from bitpress.checkpoint import file_size
 from bitpress.clients import client_notes
 from bitpress.errors import PlanError
-from bitpress.experts import UnfusedExperts, fused_left
+from bitpress.experts import fused_left
 from bitpress.foldplan import Use, find_smoothing, smoothed_sites
 from bitpress.modifiers.base import LinearModifier, names
 from bitpress.modifiers.quantization import SchemeModifier
@@ -397,9 +397,3 @@ def specs_of_shards(
         shards[cache.block] |= cache.spec()
     shards[-1] |= subject.extra_specs()
     return tuple(shards)
-
-
-def experts_in(subject: Subject, block: int) -> list[UnfusedExperts]:
-    """The experts modules of a block."""
-    prefix = subject.blocks.prefix(block)
-    return [e for n, e in subject.experts.items() if n.startswith(prefix)]

@@ -15,17 +15,18 @@ from bitpress import chain, memory, ranks
 from bitpress.blocks import Batch, collect
 from bitpress.budget import SMALL, problem_bytes
 from bitpress.errors import NumericsError
+from bitpress.experts import UnfusedExperts
 from bitpress.folding import Folding
 from bitpress.math import masks
 from bitpress.math.grid import Solved
 from bitpress.math.products import float32_products
 from bitpress.math.stats import InputStats, StatsAccumulator
 from bitpress.modifiers.base import PruningModifier
-from bitpress.plan import experts_in
 from bitpress.report import LayerReport
 from bitpress.run import Result, Run, advance_full, watched, weight_of
 from bitpress.sites import Site, bits_per_weight, label
 from bitpress.states import HiddenStates
+from bitpress.subject import Subject
 from bitpress.threads import together
 from bitpress.tuning import Tuning
 
@@ -126,7 +127,7 @@ def _gather(
     blocks = run.subject.blocks
     at = len(blocks) if index is None else index
     needs = frozenset().union(*(s.needs for s in sites.values()))
-    experts = experts_in(run.subject, index) if index is not None else []
+    experts = _experts_in(run.subject, index) if index is not None else []
     visit = blocks.visit_tail if index is None else partial(blocks.visit, index)
 
     def beside(number: int) -> Batch | None:
@@ -218,10 +219,16 @@ def _at_once(
 def in_one_pass(run: Run, index: int, sites: Sequence[Site]) -> bool:
     """Whether one forward of the block surely serves the statistics of all its sites."""
     needy = [s for s in sites if s.needs]
-    if not needy or experts_in(run.subject, index) or run.plan.smoothing[index]:
+    if not needy or _experts_in(run.subject, index) or run.plan.smoothing[index]:
         return False
     needs = frozenset().union(*(s.needs for s in needy))
     return sum(StatsAccumulator.nbytes(s.columns, needs) for s in needy) <= run.plan.gram_bytes
+
+
+def _experts_in(subject: Subject, block: int) -> list[UnfusedExperts]:
+    """The experts modules of a block."""
+    prefix = subject.blocks.prefix(block)
+    return [e for n, e in subject.experts.items() if n.startswith(prefix)]
 
 
 def _first(run: Run, states: HiddenStates) -> Batch:

@@ -93,7 +93,7 @@ def make(
     return Plan(
         sites=tuple(sites), ignored=left_dense(subject, {s.module for s in sites}), notes=tuple(notes), shards=shards,
         output_bytes=output_bytes, host_bytes=held if on_cpu else weights * item, device_bytes=0 if on_cpu else held,
-        batch_size=0, gram_bytes=0, hidden_on="device", trains=True, masked=tuple(masked),
+        batch_size=0, gram_bytes=0, solver_bytes=0, hidden_on="device", trains=True, masked=tuple(masked),
     )  # fmt: skip
 
 
