@@ -153,9 +153,7 @@ def measure(model: Path, out: Path, rows: list[list[int]], case: str, args: argp
     """Seconds a block of bitpress by phase and by step, and what it took."""
     run(model, out, rows[:8], case, args.max_memory)
     totals = run(model, out, rows, case, args.max_memory)
-    phases = {name: s / args.blocks for name, s in totals["seconds_by_phase"].items()}
-    if "propagate" in phases and args.blocks > 1:  # the last block feeds none
-        phases["propagate"] *= args.blocks / (args.blocks - 1)
+    phases = per_block(totals, args.blocks)
     split = {} if args.no_split else {"split": _split(model, out, rows, case, args)}
     return {
         "case": case, "tool": "bitpress", "seconds_per_block": sum(phases.values()), "phases": phases, **split,
@@ -168,10 +166,19 @@ def _split(model: Path, out: Path, rows: list[list[int]], case: str, args: argpa
     """Seconds a block by step, of a run in which the device is waited for around each."""
     steps: dict[str, float] = {}
     with timed(steps):
-        phases = run(model, out, rows, case, args.max_memory)["seconds_by_phase"]
-    steps["forward"] = phases.get("statistics", 0.0) + phases.get("propagate", 0.0) - steps.get("statistics", 0.0)
-    steps["other and waiting"] = sum(phases.values()) - sum(steps.values())
-    return {name: s / args.blocks for name, s in steps.items()}
+        phases = per_block(run(model, out, rows, case, args.max_memory), args.blocks)
+    split = {name: s / args.blocks for name, s in steps.items()}
+    split["forward"] = phases.get("statistics", 0.0) + phases.get("propagate", 0.0) - split.get("statistics", 0.0)
+    split["other and waiting"] = sum(phases.values()) - sum(split.values())
+    return split
+
+
+def per_block(totals: dict[str, Any], blocks: int) -> dict[str, float]:
+    """Seconds by phase of a block in the middle of a model: the last one feeds no other."""
+    phases = {name: s / blocks for name, s in totals["seconds_by_phase"].items()}
+    if "propagate" in phases and blocks > 1:
+        phases["propagate"] *= blocks / (blocks - 1)
+    return phases
 
 
 def measure_peer(model: Path, out: Path, rows: Path, case: str, args: argparse.Namespace) -> dict[str, Any]:
