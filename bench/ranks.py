@@ -61,7 +61,7 @@ def main() -> None:
         return
     work = Path(tempfile.mkdtemp(dir=args.work))
     try:
-        write_model(work / "model", args.blocks)
+        write_model(work / "model", "8b", args.blocks)
         torch.cuda.empty_cache()
         measured: dict[int, dict[str, float]] = {}
         for number in args.gpus:
