@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+JOBS   ?= 2
 READY  := $(VENV)/.ready
 export HF_HUB_OFFLINE = 1
 
@@ -11,7 +12,7 @@ demo: $(READY)
 	$(BIN)/bitpress demo --output runs/demo
 
 test: $(READY) contract
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 # the releases of compressed-tensors that vLLM 0.32 and 0.33 bring, each beside the environment and not in it
 CONTRACT := 0.17.0 0.19.0 0.20.0
