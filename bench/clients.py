@@ -1,9 +1,12 @@
-"""Compares a checkpoint in vLLM (CPU), transformers bfloat16 and transformers float32, token by token.
+"""Client x format x scheme: what loads, with which kernel, and whether it says what bitpress's own loader says.
 
-python bench/clients.py MODEL --text FILE [--length 512] [--vllm-dtype bfloat16]
+python bench/clients.py MODEL --text FILE [--work DIR] [--cases w4-sym:gptq ...] [--clients vllm ...] [--dtype float32]
 
-Greedy tokens say nothing where the two best are close, so the negative log likelihood of every token of one
-window is compared. bench/envs.sh makes the environment of vLLM.
+Makes checkpoints of MODEL (rounded to nearest, groups of 64), scores one window of FILE in each client that its format
+is for, and prints a Markdown table: mean negative log likelihood in nats per token beside that of bitpress's own loader
+on the same tokens, the largest difference of a token, and whether 24 greedy tokens are equal (where the two best are
+close, rounding decides them: read the differences). `python bench/clients.py CHECKPOINT ... --as-is` scores finished
+ones. bench/envs.sh makes the clients' environments; a client without one is left out, and the table says so.
 """
 
 from __future__ import annotations
@@ -14,97 +17,119 @@ import os
 import subprocess
 import sys
 import tempfile
-from itertools import combinations
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-ENVS = Path(os.environ.get("BITPRESS_BENCH_ENVS", ROOT / ".cache" / "bench-envs"))
+HERE = Path(__file__).resolve().parent
+ENVS = Path(os.environ.get("BITPRESS_BENCH_ENVS", HERE.parent / ".cache" / "bench-envs"))
 # By default vLLM quantizes the activations of int4 models to int8 on a CPU.
 VLLM = {"VLLM_CPU_INT4_W4A8": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+# client -> environment (None: this one), name in client_scores.py, methods that it is for
+CLIENTS: dict[str, tuple[str | None, str, tuple[str, ...]]] = {
+    "transformers": (None, "transformers", ("dense", "compressed-tensors", "bitsandbytes")),
+    "transformers + gptqmodel": ("gptqmodel", "transformers", ("gptq", "awq")),
+    "vLLM": ("vllm", "vllm", ("dense", "compressed-tensors", "gptq", "awq")),
+    "llama.cpp": ("llamacpp", "llamacpp", ("gguf",)),
+}
+SCHEMES = {
+    "w4-sym": "W4A16", "w4-asym": "W4A16_ASYM", "w8-sym": "W8A16", "w3-sym": "W3A16", "w2-asym": "W2A16_ASYM",
+    "w8a8": "W8A8", "fp8": "FP8_DYNAMIC", "nf4": "NF4",
+}  # fmt: skip
+CASES = (
+    "w4-sym:dense", "w4-sym:compressed-tensors", "w4-asym:compressed-tensors", "w8-sym:compressed-tensors",
+    "w8a8:compressed-tensors", "fp8:compressed-tensors", "w4-sym:gptq", "w4-asym:gptq", "w8-sym:gptq", "w3-sym:gptq",
+    "w2-asym:gptq", "w4-sym:gptq_v2", "w4-asym:awq", "nf4:bitsandbytes", "w4-sym:gguf", "w4-asym:gguf", "w8-sym:gguf",
+)  # fmt: skip
+COLUMNS = ("client", "format", "scheme", "loads", "kernel", "NLL", "bitpress", "largest difference", "greedy equal")
 
 
-def vllm_nll(model: str, ids: list[int], dtype: str) -> list[float]:
-    """Negative log likelihood of every token but the first, in nats."""
-    from vllm import LLM, SamplingParams
+def make(model: Path, case: str, work: Path) -> Path:
+    """A checkpoint of a case, made once."""
+    from bitpress import oneshot
 
-    client = LLM(model, dtype=dtype, max_model_len=len(ids) + 16, max_num_seqs=1, enforce_eager=True)
-    sampling = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
-    scores = client.generate([{"prompt_token_ids": ids}], sampling)[0].prompt_logprobs
-    assert scores is not None
-    return [-scores[i][ids[i]].logprob for i in range(1, len(ids))]
+    scheme, _, stored = case.partition(":")
+    folder = work / case.replace(":", "-")
+    grouped = SCHEMES[scheme].startswith("W") and scheme != "w8a8"
+    options: dict[str, Any] = {"group_size": 64} if grouped else {}
+    if scheme != "nf4":
+        options["method"] = "rtn"
+    oneshot(model, None, scheme=SCHEMES[scheme], output_dir=folder, format=stored, **options)
+    return folder
 
 
-def transformers_nll(model: str, ids: list[int], dtype: str) -> list[float]:
-    """Negative log likelihood of every token but the first, in nats."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig
+def score(client: str, env: str | None, folder: Path, ids: Path, dtype: str) -> dict[str, Any]:
+    """What client_scores.py says of a checkpoint, or `error` with the end of its log."""
+    python = sys.executable if env is None else str(ENVS / env / "bin" / "python")
+    environment = os.environ | VLLM | {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    if env is not None:
+        environment.pop("PYTHONPATH", None)
+    with tempfile.TemporaryDirectory() as work:
+        target = Path(work) / "scores.json"
+        command = [python, str(HERE / "client_scores.py"), client, str(folder), str(ids), str(target), dtype]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
+        if done.returncode:
+            errors = [line for line in done.stderr.splitlines() if "Error" in line]
+            return {"error": (errors or done.stderr.splitlines() or ["no message"])[-1].strip()[:160]}
+        found: dict[str, Any] = json.loads(target.read_text())
+        return found
 
-    settings = getattr(AutoConfig.from_pretrained(model), "quantization_config", None) or {}
-    options = {}
-    if settings.get("quant_method") == "compressed-tensors":
-        options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
-    net = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), **options).eval()
-    tokens = torch.tensor(ids)
-    with torch.no_grad():
-        logits = net(input_ids=tokens[None], use_cache=False).logits[0, :-1].float()
-    nll: list[float] = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none").tolist()
-    return nll
+
+def row(name: str, said: tuple[str, str], found: dict[str, Any], own: dict[str, Any]) -> list[str]:
+    """One line of the table."""
+    if "error" in found:
+        return [name, *said, f"no: {found['error']}", "", "", "", "", ""]
+    pairs = [(a, b) for a, b in zip(found["nll"], own["nll"], strict=False) if a == a]
+    mean, ours = (sum(p[i] for p in pairs) / len(pairs) for i in (0, 1))
+    gap = max(abs(a - b) for a, b in pairs)
+    equal = "yes" if found["greedy"] == own["greedy"] else "no"
+    return [name, *said, "yes", found["kernel"], f"{mean:.4f}", f"{ours:.4f}", f"{gap:.3f}", equal]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--text", type=Path)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--vllm-dtype", choices=("bfloat16", "float16"), default="bfloat16")
-    parser.add_argument("--score", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("models", nargs="+", type=Path)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--as-is", action="store_true")
+    parser.add_argument("--work", type=Path, default=Path(".cache/clients"))
+    parser.add_argument("--cases", nargs="*", default=CASES)
+    parser.add_argument("--clients", nargs="*", default=list(CLIENTS), choices=CLIENTS)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     args = parser.parse_args()
-    if args.score:
-        client, dtype, source, target = args.score
-        score = vllm_nll if client == "vllm" else transformers_nll
-        Path(target).write_text(json.dumps(score(args.model, json.loads(Path(source).read_text()), dtype)))
-        return
-    if args.text is None:
-        parser.error("--text is missing")
-    python = {"vllm": str(ENVS / "vllm" / "bin" / "python"), "transformers": sys.executable}
-    if not Path(python["vllm"]).exists():
-        sys.exit(f"{python['vllm']}: missing; run bench/envs.sh")
 
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    ids = tokenizer(args.text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
-    environment = os.environ | VLLM | {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    nll: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory() as work:
-        source = Path(work) / "ids.json"
-        source.write_text(json.dumps(ids[: args.length]))
-        for client, dtype in (
-            ("vllm", args.vllm_dtype),
-            ("transformers", "bfloat16"),
-            ("transformers", "float32"),
-        ):
-            target, log = Path(work) / "nll.json", Path(work) / "log.txt"
-            command = [
-                python[client],
-                __file__,
-                args.model,
-                "--score",
-                client,
-                dtype,
-                str(source),
-                str(target),
-            ]
-            with log.open("w") as output:
-                done = subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
-            if done.returncode:
-                sys.exit(f"{client} {dtype} failed with {done.returncode}:\n{log.read_text()[-3000:]}")
-            nll[f"{client} {dtype}"] = json.loads(target.read_text())
-    for name, values in nll.items():
-        print(f"{name:22} mean NLL {sum(values) / len(values):.4f} over {len(values)} tokens")
-    for a, b in combinations(nll, 2):
-        gaps = [abs(x - y) for x, y in zip(nll[a], nll[b], strict=True)]
-        print(f"{a} - {b}: largest difference {max(gaps):.4f}, mean {sum(gaps) / len(gaps):.4f}")
+    from bitpress import inspect_checkpoint
+
+    tokenizer = AutoTokenizer.from_pretrained(args.models[0])
+    tokens = tokenizer(args.text.read_text(encoding="utf-8")[:100_000], add_special_tokens=False)["input_ids"]
+    args.work.mkdir(parents=True, exist_ok=True)
+    ids = args.work / "ids.json"
+    ids.write_text(json.dumps(tokens[: args.length]))
+    folders = {str(m): m for m in args.models} if args.as_is else dict.fromkeys(args.cases)
+    versions: dict[str, dict[str, str]] = {}
+    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
+    for case, there in folders.items():
+        folder = there or make(args.models[0], case, args.work)
+        found = inspect_checkpoint(folder)
+        schemes = ", ".join(sorted({x.scheme for x in found.layers})) or "none"
+        said = (found.method if found.format is None else f"{found.method} ({found.format})", schemes)
+        own = score("bitpress", None, folder, ids, args.dtype)
+        if "error" in own:
+            print(f"| bitpress | {' | '.join(said)} | no: {own['error']} | | | | | |", flush=True)
+            continue
+        for client in args.clients:
+            env, name, methods = CLIENTS[client]
+            if found.method not in methods:
+                continue
+            if env is not None and not (ENVS / env / "bin" / "python").exists():
+                print(f"| {client} | {' | '.join(said)} | no environment: bash bench/envs.sh | | | | | |", flush=True)
+                continue
+            scores = score(name, env, folder, ids, args.dtype)
+            versions.setdefault(client, scores.get("versions", {}))
+            print(f"| {' | '.join(row(client, said, scores, own))} |", flush=True)
+    for client, packages in versions.items():
+        print(f"\n{client}: {', '.join(f'{name} {version}' for name, version in packages.items())}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bitpress.apply import apply, compress
     from bitpress.compare import compare
+    from bitpress.convert import convert
     from bitpress.errors import (
         BitpressError,
         CheckpointError,
@@ -43,6 +44,7 @@ _PUBLIC = {
     "apply": "apply",
     "compare": "compare",
     "compress": "apply",
+    "convert": "convert",
     "evaluate": "evaluate",
     "inspect_checkpoint": "inspection",
     "oneshot": "oneshot",
@@ -63,6 +65,7 @@ __all__ = [
     "apply",
     "compare",
     "compress",
+    "convert",
     "evaluate",
     "inspect_checkpoint",
     "oneshot",

@@ -11,7 +11,7 @@ from torch import Tensor
 from bitpress import formats
 from bitpress.errors import NumericsError
 from bitpress.math.activations import static_scale
-from bitpress.math.grid import Solved, global_scale, relative_error, settle
+from bitpress.math.grid import Solved, global_scale, relative_error
 from bitpress.math.masks import holds, pruned
 from bitpress.math.stats import InputStats
 from bitpress.modifiers.base import PruningModifier
@@ -92,8 +92,9 @@ def _stored(
     else:
         grid = formats.grid_of(group.scheme, dtype)
         beside = input_scales(group.scheme, stats, dtype)
+        settled = [formats.settle(z, grid) for z in solved]
         # each linear stores its own copy
-        solved = [replace(settle(z, grid), beside={n: t.clone() for n, t in beside.items()}) for z in solved]
+        solved = [replace(z, beside={**z.beside, **{n: t.clone() for n, t in beside.items()}}) for z in settled]
     for before, after in zip(current, solved, strict=True):
         check_zeros(before, after.dense(), steps)
     gram = None if stats is None else stats.gram

@@ -33,6 +33,7 @@ NOT_COMPANIONS = (
     INDEX,
     "pytorch_model.bin.index.json",
     "report.json",
+    "quantize_config.json",
     "trainer_state.json",
     "training_args.bin",
     "train_results.json",

@@ -11,7 +11,9 @@ import typer
 
 from bitpress import __version__
 from bitpress.commands.compare import compare
+from bitpress.commands.convert import convert
 from bitpress.commands.env import env
+from bitpress.commands.lm_eval import SETTINGS, lm_eval
 from bitpress.commands.report import report
 from bitpress.commands.running import sample, summary, trains, with_run_arguments, written_recipe
 from bitpress.commands.scan import scan
@@ -170,6 +172,8 @@ app.command()(report)
 app.command()(scan)
 app.command()(train)
 app.command()(apply)
+app.command()(convert)
+app.command(name="lm-eval", context_settings=SETTINGS)(lm_eval)
 
 
 @app.command()

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from bitpress.experts import LEAVES
+from bitpress.formats import DEFAULT
+from bitpress.formats.gptq import alike_in_blocks
 from bitpress.schemes import QuantArgs, Scheme
 from bitpress.sites import FUSED, Site, label
 from bitpress.subject import Subject
@@ -19,12 +21,17 @@ ON_GPUS = "vLLM serves it on GPUs, not on CPUs"
 ODD_WIDTHS = "needs compressed-tensors 0.19 or later (older ones misread these widths)"
 
 
-def client_notes(subject: Subject, sites: Sequence[Site], caches: Sequence[QuantArgs]) -> list[str]:
+def client_notes(
+    subject: Subject, sites: Sequence[Site], caches: Sequence[QuantArgs], stored: str = DEFAULT
+) -> list[str]:
     """One line for each thing that a client cannot do.
 
     Args:
         caches: the stage's cache schemes.
+        stored: the checkpoint format.
     """
+    if stored != DEFAULT:
+        return format_notes(stored, sites)
     notes = []
     for group in {s.group.name: s.group for s in sites if s.group is not None}.values():
         scheme, mine = group.scheme, [s for s in sites if s.group is group]
@@ -56,6 +63,42 @@ def client_notes(subject: Subject, sites: Sequence[Site], caches: Sequence[Quant
             f"{', '.join(sorted(odd))}: transformers decompresses plain Linears only; use bitpress.transformers"
         )
     return notes + _mixed_experts(subject, sites) + _split_partners(subject, sites)
+
+
+def format_notes(stored: str, sites: Sequence[Site]) -> list[str]:
+    """What is to be known of a format other than compressed-tensors."""
+    if stored == "sparse-24":
+        return ["sparse-24: only bitpress.transformers reads it; for vLLM and transformers store compressed-tensors"]
+    quantized = [s for s in sites if s.group is not None]
+    weights = [s.scheme.weights for s in quantized if s.scheme is not None]
+    if not weights:
+        return []
+    if stored == "dense":
+        inputs = any(s.scheme is not None and s.scheme.input_activations is not None for s in quantized)
+        lost = " and inputs are not rounded" if inputs else ""
+        return [f"dense: weights are stored in full again: no client needs less memory for them{lost}"]
+    if stored == "bitsandbytes":
+        return ["bitsandbytes: transformers reads it with bitsandbytes installed; vLLM does not"]
+    if stored == "gguf":
+        return ["gguf: llama.cpp reads it; its kernels round activations to 8 bits"]
+    notes = [f"{stored}: transformers reads it with gptqmodel installed; bitpress.transformers without"]
+    if stored in ("gptq", "gptq_v2"):
+        if any(not w.symmetric for w in weights):
+            notes.append(f"{stored}: vLLM refuses zero points in it; use W4A16, or --format awq or compressed-tensors")
+        if any(w.num_bits not in (4, 8) for w in weights):
+            notes.append(f"{stored}: vLLM serves 4 and 8 bits only; the others load in transformers with gptqmodel")
+        if any(s.group is not None and s.group.actorder == "group" for s in quantized):
+            notes.append(f"{stored}: actorder 'group': vLLM's CPU build refuses it; 'static' runs everywhere")
+        several = len({str(s.scheme) for s in quantized}) > 1
+        if several or alike_in_blocks(quantized) is None:
+            what = "several schemes" if several else "linears quantized in some blocks only"
+            notes.append(f"{stored}: {what}: gptqmodel's own loader reads this, transformers with it does not")
+        odd = {w.group_size for w in weights} - {32, 64, 128, 256}
+        if odd and any(w.num_bits == 4 for w in weights):
+            notes.append(f"{stored}: gptqmodel on a CPU needs groups of 32, 64, 128 or 256 at 4 bits")
+    if any(s.expert is not None for s in quantized):
+        notes.append(f"{stored}: experts: not tried in any client; compressed-tensors is")
+    return notes
 
 
 def _mixed_experts(subject: Subject, sites: Sequence[Site]) -> list[str]:

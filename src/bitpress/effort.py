@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any, Literal, cast, get_args
 
 from bitpress.errors import ConfigError, RecipeError, did_you_mean
-from bitpress.schemes import preset
+from bitpress.schemes import BLOCKWISE, preset
 
 Effort = Literal["fast", "balanced", "best"]
 EFFORTS: tuple[Effort, ...] = get_args(Effort)
@@ -66,8 +66,15 @@ def asked_for(
             faults.append(f"{spelled(name)}: {value!r} is unknown.{did_you_mean(str(value), known)}")
     if effort is not None and method == "rtn":
         faults.append(f"{spelled('effort')}: goes with {spelled('method')} gptq; rounding to nearest has none")
+    blockwise = isinstance(scheme, str) and scheme.lower() in BLOCKWISE
+    if blockwise:
+        more = [n for n in ("method", "effort") if given[n] not in (None, "rtn")]
+        faults += [f"{spelled(n)}: {str(scheme).upper()} is rounded to nearest by bitsandbytes; drop it" for n in more]
     if faults:
         raise ConfigError(faults)
+    if blockwise:
+        size = {} if group_size is None else {"blocksize": group_size}
+        return {"BitsAndBytesModifier": {"quant_type": str(scheme).lower(), "ignore": ignore or ["lm_head"], **size}}
     keys: dict[str, Any] = {"ignore": ignore or ["lm_head"]}
     keys |= {key: given[key] for key in ("scheme", "group_size") if given[key] is not None}
     if effort is not None:

@@ -111,7 +111,8 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such model folder; give one with config.json, or a .gguf file")
     safetensors = any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json"))
-    if not safetensors and (ggufs := sorted(folder.glob("*.gguf"))):
+    ggufs = sorted(folder.glob("*.gguf"))
+    if ggufs and not safetensors and not (folder / _JOURNAL).is_file():
         return _inspect_gguf(folder, ggufs)
     if not (folder / "config.json").is_file():
         return _inspect_unfinished(folder)
@@ -214,6 +215,11 @@ def _pruned(folder: Path) -> str | None:
     return f"{len(masked)} linears, {sum(share for _, share in masked) / len(masked):.1%} zeros, {masks}"
 
 
+def declared_dtype(found: Inspection) -> str | None:
+    """The dtype of a model's plain weights, as its configuration or its files say."""
+    return found.dtype if found.dtype in _DTYPES.values() else None
+
+
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The quantization settings, wherever this release of the writer put them; empty for a dense model."""
     for place in (config, _text_config(config)):
@@ -238,6 +244,8 @@ def _config_method(config: Mapping[str, Any]) -> str | None:
     if not settings:
         return None
     method = settings.get("quant_method")
+    if method is None and settings.get("format") == METHODS[-1]:
+        return METHODS[-1]
     if method is None:
         by_key = {"load_in_4bit": "bitsandbytes", "load_in_8bit": "bitsandbytes", "config_groups": METHODS[0]}
         return next((name for key, name in by_key.items() if settings.get(key)), "unnamed")

@@ -27,6 +27,7 @@ OF_THE_MODEL = (
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
 )  # fmt: skip
 
+OF_FORMATS = ("quantize_config.json", "model.gguf")
 OF_TRAINING = ("trainer_state.json", "train_results.json", "eval_results.json")
 
 
@@ -230,7 +231,7 @@ def _clear(output: Path) -> None:
     from bitpress.checkpoint import INDEX
     from bitpress.report import PAGE
 
-    for name in ("config.json", INDEX, "recipe.yaml", PAGE, *OF_THE_MODEL, *OF_TRAINING):
+    for name in ("config.json", INDEX, "recipe.yaml", PAGE, *OF_FORMATS, *OF_THE_MODEL, *OF_TRAINING):
         (output / name).unlink(missing_ok=True)
     for folder in output.glob("checkpoint-*"):
         if folder.is_dir():

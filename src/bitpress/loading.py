@@ -82,7 +82,14 @@ def load_checkpoint(found: Inspection, dtype: str, device: str, trust: bool, not
     folder, gguf_file = _place(found)
     if gguf_file:
         options["gguf_file"] = gguf_file
-    own = found.method == "compressed-tensors" and _own_loader(Path(folder))
+    if gguf_file and (Path(folder) / "config.json").is_file():  # transformers takes part of it from the file, wrongly
+        return _reloaded(found, options["dtype"], on, trust, None)
+    if found.method == "sparse-24":
+        return _reloaded(found, options["dtype"], on, trust, None)
+    own = found.method not in ("dense", "gguf") and _own_loader(Path(folder))
+    # other formats need a package of their own in transformers, and kernels that round in their own way
+    if own and found.method != "compressed-tensors":
+        return _reloaded(found, options["dtype"], on, trust, None)
     if own and (_misread_experts(found) or _rounded_experts(found) or _mixed_experts(found)):
         return _reloaded(found, options["dtype"], on, trust, notes)
     try:
@@ -113,10 +120,10 @@ def load_checkpoint(found: Inspection, dtype: str, device: str, trust: bool, not
 
 def _own_loader(folder: Path) -> bool:
     """Whether bitpress reads it by itself."""
-    from bitpress.reading import modifier_of
+    from bitpress.reading import described
 
     try:
-        modifier_of(folder)
+        described(folder)
     except CheckpointError:
         return False
     return True
@@ -149,10 +156,10 @@ def _misread_experts(found: Inspection) -> bool:
 
 def _reloaded(found: Inspection, dtype: Any, on: Any, trust: bool, notes: list[str] | None) -> Any:
     """What transformers cannot load, as bitpress reads it: the same weights, dense, and inputs rounded on the way."""
-    from bitpress.reading import modifier_of, reload
+    from bitpress.reading import described, reload
     from bitpress.rounding import round_inputs
 
-    cache = modifier_of(Path(found.path)).cache()
+    cache = None if found.method in ("gguf", "sparse-24") else described(Path(found.path))[0].cache()
     if cache is not None and notes is None:  # nobody would know
         raise CheckpointError(
             f"{found.path}: transformers cannot load it as it is meant, and bitpress's own loader does not round "
@@ -160,7 +167,8 @@ def _reloaded(found: Inspection, dtype: Any, on: Any, trust: bool, notes: list[s
         )
     try:
         model = reload(found.path, dtype=dtype, device_map=on, trust_remote_code=trust)
-        round_inputs(model, Path(found.path))
+        if found.method == "compressed-tensors":  # no other format says how inputs are rounded
+            round_inputs(model, Path(found.path))
     except (OSError, ValueError, ImportError, RuntimeError, KeyError, AttributeError) as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CheckpointError(f"{found.path}: neither transformers nor bitpress can load it: {first}") from error

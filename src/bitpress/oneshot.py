@@ -56,6 +56,7 @@ class Arguments:
     save_compressed: bool = True
     dtype: str | None = None
     attn_implementation: str | None = None
+    format: str = "compressed-tensors"
     device: str = "auto"
     max_memory: int | str | None = None
     batch_size: int | None = None
@@ -114,8 +115,18 @@ class Arguments:
             faults.append("resume, fresh: give one of the two")
         if self.output_dir is None and (self.verb == "apply" or (self.stage is not None and is_path(self.model))):
             faults.append("output_dir: missing; a stage is saved as <output_dir>/<stage>")
+        faults += self._format_faults()
         if faults:
             raise ConfigError(faults)
+
+    def _format_faults(self) -> list[str]:
+        from bitpress.formats import CHECKPOINTS, DEFAULT
+
+        if self.format not in CHECKPOINTS:
+            return [f"format: {self.format!r} is unknown.{did_you_mean(str(self.format), CHECKPOINTS)}"]
+        if self.format != DEFAULT and not self.save_compressed:
+            return [f"save_compressed, format: dense weights beside scales (--dense) are a form of {DEFAULT}; drop one"]
+        return []
 
 
 def _positive(value: Any, zero: bool) -> bool:
@@ -153,6 +164,7 @@ def oneshot(
     save_compressed: bool = True,
     dtype: str | None = None,
     attn_implementation: str | None = None,
+    format: str = "compressed-tensors",
     device: str = "auto",
     max_memory: int | str | None = None,
     batch_size: int | None = None,
@@ -210,6 +222,7 @@ def oneshot(
         dtype: "bfloat16", "float16" or "float32": what the model's weights are turned into first; None: as they are.
         attn_implementation: attention of the forwards, by transformers' name ("sdpa", "eager", "flash_attention_2");
             None: transformers' choice.
+        format: how the checkpoint is stored: "compressed-tensors", "gptq", "awq", "dense", ...; see `bitpress.formats`.
         device: "auto", "cpu", "cuda" or "cuda:N".
         max_memory: limit for the device's memory (host memory on the CPU): bytes or "8GiB".
         batch_size: sequences per forward; None: by memory.
@@ -247,6 +260,7 @@ def oneshot(
         preprocessing_num_workers=preprocessing_num_workers, streaming=streaming,
         output_dir=None if output_dir is None else Path(output_dir).expanduser(), stage=stage,
         save_compressed=save_compressed, dtype=dtype, attn_implementation=attn_implementation,
+        format=format,
         device=device, max_memory=max_memory, batch_size=batch_size,
         min_expert_tokens=min_expert_tokens, propagate=propagate, seed=seed, verify=verify, resume=resume, fresh=fresh,
         trust_remote_code_model=trust_remote_code_model, trust_remote_code_data=trust_remote_code_data,
@@ -355,6 +369,7 @@ def _identity(args: Arguments, ready: Prepared) -> dict[str, Any]:
         "data": ready.data.summary["fingerprint"] if ready.data else None,
         "arguments": {
             "save_compressed": args.save_compressed,
+            "format": args.format,
             "min_expert_tokens": args.min_expert_tokens,
             "batch_size": args.batch_size,
             "max_memory": args.limit,

@@ -80,6 +80,9 @@ DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
 MaxMemory = Annotated[str | None, typer.Option(help="Memory limit of the device, such as 8GiB.")]
 BatchSize = Annotated[int | None, typer.Option(help="Sequences per forward. Default: by memory.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+FormatName = Annotated[
+    str, typer.Option("--format", help="How to store it: compressed-tensors, gptq, awq, dense, ... (see README).")
+]
 Dense = Annotated[bool, typer.Option("--dense", help="Store dense weights beside their scales, not packed.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model or dataset brings.")]
 TrustPickle = Annotated[bool, typer.Option("--trust-pickle", help="Read pickle weights; they can run code.")]

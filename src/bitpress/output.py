@@ -22,12 +22,11 @@ from bitpress.checkpoint import (
     write_shard,
     write_text,
 )
-from bitpress.errors import CheckpointError
+from bitpress.errors import CheckpointError, NumericsError
 from bitpress.journal import Journal
 from bitpress.math.grid import Solved
 from bitpress.plan import Plan
 from bitpress.report import write_report
-from bitpress.schemes import Scheme
 from bitpress.sites import Site, stored_spec
 from bitpress.subject import Subject
 
@@ -106,13 +105,19 @@ class Output:
         """
         if not ranks.first():
             return
+        if self.compressed:
+            solved = [
+                (s, z if s.scheme is None else formats.as_read(z, s.scheme, s.dtype, s.stored)) for s, z in solved
+            ]
         by_key = {site.key: (site, z) for site, z in solved}
         others = dict(changed or {})
         others |= subject.stored(k for k in keys if k not in by_key and k not in others)
         tensors = {subject.layout.disk_of[k]: t for k, t in others.items()}
-        pack = formats.pack if self.compressed else formats.dense
         for site, z in by_key.values():
-            parts = {"weight": z.dense()} if site.scheme is None else pack(z, site.scheme)
+            try:
+                parts = self._parts(site, z)
+            except NumericsError as error:  # what the format cannot hold shows in the numbers alone
+                raise NumericsError(f"{site.name}: {error}") from None
             tensors |= {f"{site.name}.{suffix}": t for suffix, t in parts.items()}
         tensors |= beside or {}
         if last:
@@ -125,6 +130,13 @@ class Output:
         ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
         ready.record()
         self._waiting = self._writer.submit(self._save_beside, ready, shard, tensors, compared, rows, phases or {})
+
+    def _parts(self, site: Site, z: Solved) -> dict[str, torch.Tensor]:
+        """A linear as it is stored, by suffix."""
+        if site.scheme is None:
+            packed = self.compressed and site.packed_24
+            return formats.CHECKPOINTS[site.stored].pack_plain(z.dense()) if packed else {"weight": z.dense()}
+        return formats.pack(z, site.scheme, site.stored) if self.compressed else formats.dense(z, site.scheme)
 
     def settle(self) -> None:
         """Wait for the shard that is being written.
@@ -172,7 +184,7 @@ class Output:
             }
         )  # fmt: skip
 
-    def finish(self, subject: Subject, plan: Plan, recipe: str, report: dict[str, Any], tokenizer: Any) -> None:
+    def finish(self, subject: Subject, plan: Plan, recipe: str | None, report: dict[str, Any], tokenizer: Any) -> None:
         """Complete the folder: tokenizer and the rest, report, index, shards in place, config.json, in this order."""
         entries = [self.journal.done[i] for i in range(self.shards)]
         if subject.folder is not None:
@@ -181,16 +193,24 @@ class Output:
             subject.model.generation_config.save_pretrained(self.folder)  # type: ignore[union-attr,operator]
         if tokenizer is not None and hasattr(tokenizer, "save_pretrained"):
             tokenizer.save_pretrained(self.folder)
-        write_text(self.folder / "recipe.yaml", recipe)
-        write_report(self.folder, report, recipe)
-        write_index(self.folder, {e["file"]: e["tensors"] for e in entries})
+        if recipe is not None:
+            write_text(self.folder / "recipe.yaml", recipe)
+        write_report(self.folder, report, recipe or "")
+        config, form = self._config(subject, plan), formats.CHECKPOINTS[plan.stored]
+        if form.one_file and self.compressed:
+            form.complete(self.folder, [self.work / e["file"] for e in entries], subject.config)
+            entries = []
+        else:
+            write_index(self.folder, {e["file"]: e["tensors"] for e in entries})
         for entry in entries:
             if (self.work / entry["file"]).is_file():
                 os.replace(self.work / entry["file"], self.folder / entry["file"])
         sync(self.folder)
         for entry in entries:
             read_header(self.folder / entry["file"])
-        write_json(self.folder / "config.json", self._config(subject, plan))
+        for name, content in form.files(config.get("quantization_config") or {}).items():
+            write_json(self.folder / name, content)
+        write_json(self.folder / "config.json", config)
         self.journal.remove()
 
     def _config(self, subject: Subject, plan: Plan) -> dict[str, Any]:
@@ -205,9 +225,15 @@ class Output:
             config["dtype"] = str(subject.dtype).removeprefix("torch.")
         if subject.tied:
             config["tie_word_embeddings"] = True
-        if plan.quantized or plan.cache_scheme is not None:
-            config["quantization_config"] = quantization_config(plan, compressed=self.compressed)
-        return config
+        config.pop("quantization_config", None)
+        sparse = formats.CHECKPOINTS[plan.stored].sparse
+        sites = plan.quantized if not sparse else [*plan.inherited, *(s for s in plan.sites if s.group or s.packed_24)]
+        described = sites, plan.ignored, plan.cache_scheme
+        if self.compressed:
+            settings = formats.CHECKPOINTS[plan.stored].settings(*described)
+        else:
+            settings = formats.uncompressed_settings(*described)
+        return config if settings is None else config | {"quantization_config": settings}
 
 
 def read_site(
@@ -218,37 +244,10 @@ def read_site(
     tensors = read_tensors(((name, file_of(name)) for name in names), device)
     parts = {suffix: tensors[name] for name, suffix in names.items()}
     scheme = site.scheme
+    if scheme is None and "positions" in parts:
+        zeros = torch.zeros((), dtype=site.dtype, device=device)
+        plain = formats.spread(parts["values"], parts["positions"], zeros)
+        return Solved(None, None, torch.tensor(float("nan")), weight=plain)
     if scheme is None:
         return Solved(None, None, torch.tensor(float("nan")), weight=parts["weight"])
-    return formats.unpack(parts, scheme, site.dtype) if compressed else formats.undense(parts, scheme)
-
-
-def quantization_config(plan: Plan, *, compressed: bool) -> dict[str, Any]:
-    """The entry of config.json that transformers and vLLM read: what all releases since 0.17 understand, no nulls."""
-    by_scheme: dict[str, tuple[Scheme, list[Site]]] = {}
-    for site in plan.quantized:
-        assert site.scheme is not None
-        key = json.dumps([site.scheme.format, site.scheme.to_dict()], sort_keys=True)
-        by_scheme.setdefault(key, (site.scheme, []))[1].append(site)
-    groups = {}
-    # the largest group is "all Linears", the others are named one by one: names go before classes. Experts go first:
-    # transformers takes the first such group for all of them
-    ranked = sorted(
-        by_scheme.values(), key=lambda p: (sum(s.expert is not None for s in p[1]), len(p[1])), reverse=True
-    )
-    for i, (scheme, sites) in enumerate(ranked):
-        targets = ["Linear"] if i == 0 else list(dict.fromkeys(n for s in sites for n in (s.name, s.module)))
-        groups[f"group_{i}"] = {
-            "targets": targets,
-            **scheme.to_dict(),
-            "format": scheme.format if compressed else scheme.stored_as or "dense",
-        }
-    kinds = {g["format"] for g in groups.values()} if compressed else {"dense"}
-    out = {
-        "quant_method": "compressed-tensors",
-        "format": kinds.pop() if len(kinds) == 1 else "mixed-precision" if kinds else "dense",
-        "quantization_status": "compressed" if compressed else "frozen",
-        "config_groups": groups,
-        "ignore": list(plan.ignored),
-    }
-    return out if plan.cache_scheme is None else out | {"kv_cache_scheme": plan.cache_scheme.to_dict()}
+    return formats.unpack(parts, scheme, site.dtype, site.stored) if compressed else formats.undense(parts, scheme)

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from bitpress import memory, ranks
+from bitpress import formats, memory, ranks
 from bitpress.blocks import recorded_caches
 from bitpress.caches import CacheSite, cache_argument
 from bitpress.errors import NumericsError
@@ -63,6 +63,7 @@ def _block(run: Run, index: int, states: HiddenStates, *, collects: bool, feeds:
     """One block, from its load to its shard. A finished one is only run, from its shard, where something needs it."""
     subject, prefix, progress = run.subject, run.subject.blocks.prefix(index), run.progress
     sites = [s for s in run.plan.sites if s.block == index]
+    idle = not (sites or collects or feeds)  # what is handed on needs no block in memory
     caches = [c for c in run.plan.caches if c.block == index]
     clock = time.perf_counter()
     if run.output is not None and (entry := run.output.finished(index)) is not None:
@@ -89,7 +90,8 @@ def _block(run: Run, index: int, states: HiddenStates, *, collects: bool, feeds:
         clock = run.timed("load", clock)
     else:
         progress.at(index, "loading")
-        subject.load(prefix, run.device)
+        if not idle:
+            subject.load(prefix, run.device)
         if run.device.type == "cuda" and index + 1 < len(subject.blocks):  # while this one is at work
             subject.fetch(subject.blocks.prefix(index + 1))
         run.timed("load", clock)
@@ -98,13 +100,14 @@ def _block(run: Run, index: int, states: HiddenStates, *, collects: bool, feeds:
         once = feeds and not run.plan.propagates and collects and in_one_pass(run, index, sites)
         out = states.__setitem__ if once else None
         results = solve_sites(run, index, sites, states, folding, tuning, collects=collects, out=out)
+        results = _as_read(run, results)
         if not run.plan.propagates:
             if feeds and not once:
                 _feed(run, index, states, time.perf_counter())
             feeds = False
         _install(run, results, folding)
         if tuning is not None:
-            results = _tune(run, index, tuning, states, results)
+            results = _as_read(run, _tune(run, index, tuning, states, results))
             _install(run, results, None)
         clock = time.perf_counter()
         scales = {}
@@ -127,6 +130,15 @@ def _feed(run: Run, index: int, states: HiddenStates, clock: float) -> None:
     for i, batch in enumerate(watched(run, states, index, "propagating", 0.7)):
         states[i] = run.subject.blocks.run(index, batch)
     run.timed("propagate", clock)
+
+
+def _as_read(run: Run, results: list[Result]) -> list[Result]:
+    """The results with the weights that readers of the checkpoint will compute."""
+    if run.output is None or not run.output.compressed:
+        return results
+    return [
+        (row, s, z if s.scheme is None else formats.as_read(z, s.scheme, s.dtype, s.stored)) for row, s, z in results
+    ]
 
 
 def _tune(run: Run, index: int, tuning: Tuning, states: HiddenStates, results: list[Result]) -> list[Result]:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from bitpress import formats, ranks
 from bitpress.budget import budget, space_fault
@@ -22,6 +21,7 @@ from bitpress.clients import client_notes
 from bitpress.errors import PlanError
 from bitpress.experts import fused_left
 from bitpress.foldplan import Use, find_smoothing, smoothed_sites
+from bitpress.formatplan import format_faults, left_dense, model_faults, specs_of_shards, stored_as, stored_in
 from bitpress.modifiers.base import LinearModifier, names
 from bitpress.modifiers.quantization import SchemeModifier
 from bitpress.profiles import Profile, find_profiles, profiled
@@ -30,13 +30,11 @@ from bitpress.sites import (
     Site,
     bits_per_weight,
     brief,
-    disk_module,
     find_sites,
     full_every,
     label,
     misfits,
     stored_bytes,
-    stored_spec,
     unpruned,
 )
 from bitpress.size_target import SizeTarget, decided, find_target
@@ -79,6 +77,7 @@ class Plan:
         trains: it is a training stage; its sites are those that are trained with their rounding.
         masked: linears whose zeros are kept while training.
         propagates: each block is calibrated on what the compressed ones before it give; else on the uncompressed ones'.
+        stored: the checkpoint format.
     """
 
     sites: tuple[Site, ...]
@@ -101,6 +100,7 @@ class Plan:
     trains: bool = False
     masked: tuple[Site, ...] = ()
     propagates: bool = True
+    stored: str = formats.DEFAULT
 
     @property
     def surveys(self) -> bool:
@@ -162,6 +162,7 @@ class Plan:
             "ignored": list(self.ignored),
             "zeros_kept": [s.name for s in self.masked],
             "needs_data": list(self.reads),
+            "format": self.stored,
             "kv_cache_scheme": None if self.cache_scheme is None else self.cache_scheme.to_dict(),
             "output_bytes": self.output_bytes,
             "host_bytes": self.host_bytes,
@@ -194,6 +195,8 @@ def make(
     trust_remote_code: bool = False,
     inherited: Sequence[Site] = (),
     propagate: bool = True,
+    stored: str = formats.DEFAULT,
+    cache: QuantArgs | None = None,
 ) -> Plan:
     """Hold the modifiers of a stage against the model.
 
@@ -206,6 +209,8 @@ def make(
         trust_remote_code: run code that the model brings, for a tiny copy of it.
         inherited: linears that earlier stages have quantized.
         propagate: calibrate each block on what the compressed ones before it give.
+        stored: the checkpoint format that is asked for.
+        cache: how caches of keys and values are quantized already.
 
     Raises:
         PlanError: all faults of the stage.
@@ -220,6 +225,9 @@ def make(
     compressing = [m for m in modifiers if isinstance(m, LinearModifier)]
     sites, more, notes = find_sites(compressing, subject)
     faults += more
+    stored, more = stored_as(stored, compressing, inherited)
+    notes += more
+    sites, inherited = stored_in(stored, sites), stored_in(stored, inherited)
     faults += _unknown_experts(subject, compressing)
     faults += misfits(sites, subject)
     cache_schemes = [c for m in compressing if isinstance(m, SchemeModifier) and (c := m.cache()) is not None]
@@ -229,7 +237,7 @@ def make(
     faults += more
     profiles, more = find_profiles(compressing, sites, len(subject.blocks))
     faults += more
-    notes += client_notes(subject, sites, cache_schemes) if target is None else [*target.notes, SURVEYED]
+    notes += client_notes(subject, sites, cache_schemes, stored) if target is None else [*target.notes, SURVEYED]
     smoothing = find_smoothing(modifiers, subject, sites, trust_remote_code=trust_remote_code)
     sites = smoothed_sites(sites, smoothing, subject)
     if target is not None:
@@ -248,6 +256,10 @@ def make(
             f"{unknown[0]} (and {len(unknown) - 1} more): the model has no place for it; carried over as it is"
         )
     ignored = left_dense(subject, {s.module for s in (*inherited, *sites) if s.group is not None})
+    faults += model_faults(stored, subject, (*inherited, *sites))
+    faults += format_faults(
+        stored, (*inherited, *sites), ignored, target=target, cache=bool(cache_schemes or cache), packed=compressed
+    )
     memory: dict[str, Any] = {}
     mine = -(-samples // ranks.world_size())
     cost = partial(budget, subject, samples=mine, length=length, device=device, max_memory=max_memory,
@@ -275,8 +287,8 @@ def make(
         raise PlanError(fault)
     return Plan(
         tuple(sites), ignored, tuple(notes), shards, output_bytes, **memory,
-        caches=tuple(caches), cache_scheme=next(iter(cache_schemes), None), smoothing=tuple(smoothing.uses),
-        inherited=tuple(inherited), target=target, profiles=profiles, propagates=propagate,
+        caches=tuple(caches), cache_scheme=next(iter(cache_schemes), cache), smoothing=tuple(smoothing.uses),
+        inherited=tuple(inherited), target=target, profiles=profiles, propagates=propagate, stored=stored,
     )  # fmt: skip
 
 
@@ -294,15 +306,13 @@ def settle(
         sites = profiled(sites, profile, mine)
     shards = specs_of_shards(subject, (*plan.inherited, *sites), plan.caches, compressed)
     caches = [] if plan.cache_scheme is None else [plan.cache_scheme]
+    notes = [n for n in plan.notes if n != SURVEYED]
+    notes += client_notes(subject, sites, caches, plan.stored) + unpruned(sites)
     return replace(
         plan,
         sites=tuple(sites),
         ignored=left_dense(subject, {s.module for s in (*plan.inherited, *sites) if s.group is not None}),
-        notes=tuple(
-            dict.fromkeys(
-                [n for n in plan.notes if n != SURVEYED] + client_notes(subject, sites, caches) + unpruned(sites)
-            )
-        ),
+        notes=tuple(dict.fromkeys(notes)),
         shards=shards,
         output_bytes=sum(file_size(s) for s in shards if s),
         target=None,
@@ -362,38 +372,3 @@ def _unknown_experts(subject: Subject, modifiers: Sequence[LinearModifier]) -> l
         f"{left[0]} and {len(left) - 1} more: experts in a fused layout that bitpress does not know; to leave them "
         "in full precision add 're:.*experts.*' to ignore"
     ]
-
-
-def left_dense(subject: Subject, chosen: set[str]) -> tuple[str, ...]:
-    """Every unquantized module with a matrix that a client could take for a Linear: routers and shared gates too."""
-    found: dict[str, None] = {}
-    for name, module in subject.model.named_modules():
-        weight = module._parameters.get("weight")
-        if weight is None or weight.dim() != 2 or isinstance(module, nn.Embedding) or name in chosen:
-            continue
-        found[disk_module(subject, name)] = None
-        found[name] = None
-    for name in subject.layout.unknown:  # of layers that only other clients know, such as for several-token prediction
-        if name.endswith(".weight") and len(subject.extra_specs()[name][1]) == 2:
-            found[name.removesuffix(".weight")] = None
-    return tuple(found)
-
-
-def specs_of_shards(
-    subject: Subject, sites: Sequence[Site], caches: Sequence[CacheSite], compressed: bool
-) -> tuple[formats.Spec, ...]:
-    site_of = {s.key: s for s in sites}
-    shards: list[formats.Spec] = []
-    for prefix in (*(subject.blocks.prefix(i) for i in range(len(subject.blocks))), None):
-        spec: formats.Spec = {}
-        for key in subject.keys(prefix):
-            if (site := site_of.get(key)) is None:
-                spec[subject.layout.disk_of[key]] = subject.spec(key)
-                continue
-            parts = stored_spec(site, compressed=compressed)
-            spec |= {f"{site.name}.{suffix}": part for suffix, part in parts.items()}
-        shards.append(spec)
-    for cache in caches:
-        shards[cache.block] |= cache.spec()
-    shards[-1] |= subject.extra_specs()
-    return tuple(shards)

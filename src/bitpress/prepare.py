@@ -192,7 +192,7 @@ def make_plans(
         common: dict[str, Any] = {
             "samples": args.num_calibration_samples, "length": args.max_seq_length, "device": device,
             "output": None if several else output, "compressed": args.save_compressed and last,
-            "inherited": inherited,
+            "inherited": inherited, "stored": args.format,
         }  # fmt: skip
         try:
             if stage.run_type == "train":

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from bitpress import formats
 from bitpress.errors import CheckpointError, ConfigError, RecipeError, did_you_mean
 from bitpress.result import attach
 
 if TYPE_CHECKING:
     from bitpress.checkpoint import Source
-    from bitpress.modifiers.quantization import QuantizationModifier
+    from bitpress.inspection import Inspection
+    from bitpress.modifiers.quantization import QuantizationModifier, SchemeModifier
     from bitpress.plan import Plan
     from bitpress.sites import Site
     from bitpress.subject import ModuleSubject
@@ -30,8 +32,12 @@ IDLE = (
 )  # fmt: skip
 
 
-def load_into(subject: ModuleSubject, plan: Plan, folder: Path) -> nn.Module:
-    """Put a finished output's weights into the module that it was made from, or into one loaded from it."""
+def load_into(subject: ModuleSubject, plan: Plan, folder: Path, stored: str | None = None) -> nn.Module:
+    """Put a finished output's weights into the module that it was made from, or into one loaded from it.
+
+    Args:
+        stored: the format that it has; None: that of the plan, in which the module will be saved.
+    """
     from bitpress.checkpoint import Source
     from bitpress.output import read_site
 
@@ -39,7 +45,9 @@ def load_into(subject: ModuleSubject, plan: Plan, folder: Path) -> nn.Module:
     solved = []
     try:
         for site in plan.sites:
-            z = read_site(lambda name: source.tensors[name][0], site, compressed=_packed(source, site))
+            there = site if stored is None else replace(site, stored=stored)
+            packed = there.stored != formats.DEFAULT or _packed(source, there)
+            z = read_site(lambda name: source.tensors[name][0], there, compressed=packed)
             subject.assign({site.key: z.dense()})
             if z.qparams is not None:
                 solved.append((site, replace(z, codes=None)))
@@ -64,6 +72,71 @@ def _packed(source: Source, site: Site) -> bool:
     return f"{weight}_packed" in source.tensors or source.spec(weight)[0].itemsize == 1
 
 
+def described(folder: Path) -> tuple[SchemeModifier, str]:
+    """The modifier that describes a quantized checkpoint, and the name of its format.
+
+    Raises:
+        CheckpointError: a format or scheme that bitpress does not write.
+    """
+    from bitpress.checkpoint import Source
+    from bitpress.inspection import inspect_checkpoint, read_config
+    from bitpress.modifiers.quantization import GPTQModifier, QuantizationModifier
+
+    settings = read_config(folder).get("quantization_config") or {}
+    found = inspect_checkpoint(folder)
+    if found.method == formats.DEFAULT:
+        return modifier_of(folder), formats.DEFAULT
+    names = [n for n, form in formats.CHECKPOINTS.items() if form.method == found.method and form.method is not None]
+    if not names:
+        raise CheckpointError(f"{folder}: bitpress does not read {found.method} checkpoints")
+    name = str(settings.get("checkpoint_format") or names[0])
+    if name not in names:
+        raise CheckpointError(f"{folder}: checkpoint_format '{name}' is not read, only {' and '.join(names)}")
+    if name == "bitsandbytes":
+        return _blockwise(folder, found, settings), name
+    groups: dict[str, Any] = {}
+    source = Source(folder)
+    for layer in found.layers:
+        symmetric = bool(layer.symmetric) if name != "awq" else _centred(source, layer.name)
+        weights = {"num_bits": layer.num_bits, "type": "int", "symmetric": symmetric, "strategy": layer.strategy}
+        weights |= {"group_size": layer.group_size} if layer.group_size else {}
+        weights |= {"actorder": "group"} if settings.get("desc_act") else {}
+        groups.setdefault(json.dumps(weights), {"weights": weights, "targets": []})["targets"].append(layer.name)
+    kind = GPTQModifier if settings.get("desc_act") else QuantizationModifier
+    try:
+        return kind(config_groups={f"group_{i}": g for i, g in enumerate(groups.values())}), name
+    except RecipeError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
+
+
+def _blockwise(folder: Path, found: Inspection, settings: dict[str, Any]) -> SchemeModifier:
+    """The modifier of 4-bit weights of bitsandbytes."""
+    from bitpress.modifiers.quantization import BitsAndBytesModifier
+    from bitpress.schemes import BLOCKWISE
+
+    kinds = {(layer.scheme.split("4")[0] + "4", layer.group_size) for layer in found.layers}
+    if len(kinds) != 1 or (kind := next(iter(kinds)))[0] not in BLOCKWISE:
+        raise CheckpointError(f"{folder}: bitpress reads NF4 and FP4 of bitsandbytes; load it in transformers")
+    keys: dict[str, Any] = {
+        "quant_type": kind[0],
+        "blocksize": kind[1],
+        "double_quant": bool(settings.get("bnb_4bit_use_double_quant")),
+        "quant_storage": str(settings.get("bnb_4bit_quant_storage") or "uint8").removeprefix("torch."),
+        "compute_dtype": str(settings.get("bnb_4bit_compute_dtype") or "float32").removeprefix("torch."),
+        "targets": [layer.name for layer in found.layers],
+    }
+    try:
+        return BitsAndBytesModifier(**keys)
+    except RecipeError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
+
+
+def _centred(source: Source, name: str) -> bool:
+    """Whether all zero points of a linear in AWQ's format are in the middle, so that it needs none."""
+    zeros = f"{name}.qzeros"
+    return bool((source.read([zeros])[zeros].view(torch.uint8) == 0x88).all())
+
+
 def modifier_of(folder: Path) -> QuantizationModifier:
     """The modifier that describes a compressed-tensors checkpoint.
 
@@ -84,6 +157,8 @@ def modifier_of(folder: Path) -> QuantizationModifier:
         raise CheckpointError(
             f"{folder}: has {', '.join(extra)}, which bitpress does not read; load it in transformers"
         )
+    if any((g.get("weights") or {}).get("actorder") in ("group", True) for g in groups.values()):
+        raise CheckpointError(f"{folder}: has actorder 'group' in compressed-tensors, which no client reads any more")
     # "Linear" takes what no other group names, so it comes last
     ordered = sorted(groups.items(), key=lambda item: "Linear" in item[1]["targets"])
     # dense weights say nothing of how they are to be packed
@@ -98,7 +173,7 @@ def modifier_of(folder: Path) -> QuantizationModifier:
 
 
 def reload(place: str | os.PathLike[str], *, dtype: Any = "auto", device_map: Any = None, **kwargs: Any) -> nn.Module:
-    """A compressed-tensors checkpoint as a dense module that packs again when saved; activations stay as they are.
+    """A quantized checkpoint as a dense module that packs again when saved; activations stay as they are.
 
     Reads the weights itself, so it also loads what transformers cannot decompress (experts with zero points).
 
@@ -110,12 +185,16 @@ def reload(place: str | os.PathLike[str], *, dtype: Any = "auto", device_map: An
 
     from bitpress import plan
     from bitpress.checkpoint import Source
+    from bitpress.inspection import is_quantized
     from bitpress.subject import ModuleSubject, checkpoint_dtype
 
     folder = Path(place)
-    modifier = modifier_of(folder)
+    method = is_quantized(folder)
+    gguf, sparse = method == "gguf", method == "sparse-24"
+    modifier, stored = (None, str(method)) if gguf or sparse else described(folder)
+    semi_structured = bool(kwargs.pop("semi_structured", False))
     device = _one_device(device_map)
-    source = Source(folder)
+    source = None if gguf else Source(folder)
     given = {key: value for key, value in kwargs.items() if key not in IDLE}
     passed_on = {key: given.pop(key) for key in ("attn_implementation", "trust_remote_code") if key in given}
     config = copy.deepcopy(given.pop("config", None))
@@ -133,7 +212,7 @@ def reload(place: str | os.PathLike[str], *, dtype: Any = "auto", device_map: An
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     if dtype in (None, "auto"):
-        dtype = checkpoint_dtype(config, source)
+        dtype = checkpoint_dtype(config, source) if source is not None else config.dtype or torch.bfloat16
     elif isinstance(dtype, str):
         dtype = _dtype(dtype)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, **passed_on).eval()
@@ -141,15 +220,49 @@ def reload(place: str | os.PathLike[str], *, dtype: Any = "auto", device_map: An
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     subject = ModuleSubject(model)
-    made = plan.make([modifier], subject, samples=1, length=1, device=subject.home)
+    if modifier is None or source is None:
+        if source is None:
+            _assign_gguf(subject, next(folder.glob("*.gguf")), config)
+        else:
+            linears = _assign_sparse(subject, folder, dtype)
+        model.to(device or "cpu")
+        if semi_structured:
+            from bitpress.formats.sparse24 import semi_structured as speed_up
+
+            speed_up(model, linears)
+        return model  # type: ignore[no-any-return]
+    saved = "dense" if stored == "bitsandbytes" else stored  # which is written from folders only
+    made = plan.make([modifier], subject, samples=1, length=1, device=subject.home, stored=saved)
     packed = {site.key for site in made.sites}
     for key, disk in subject.layout.disk_of.items():
         if key not in packed:
             subject.assign({key: source.read([disk])[disk]})
-    load_into(subject, made, folder)
+    load_into(subject, made, folder, stored)
     if device is not None:
         model.to(device)
     return model  # type: ignore[no-any-return]
+
+
+def _assign_gguf(subject: ModuleSubject, file: Path, config: Any) -> None:
+    """The weights of a GGUF file, dense; a later save stores them so."""
+    from bitpress.formats.gguf_read import read_weights
+
+    keys = {disk: key for key, disk in subject.layout.disk_of.items()}
+    for disk, tensor in read_weights(file, config, keys):
+        subject.assign({keys[disk]: tensor})
+    subject.close()
+
+
+def _assign_sparse(subject: ModuleSubject, folder: Path, dtype: torch.dtype) -> list[str]:
+    """The weights of a checkpoint stored by its 2:4 masks, dense; the module names of the pruned linears."""
+    from bitpress.formats.sparse24 import open_sparse
+
+    source, names = open_sparse(folder, dtype)
+    keys = dict(subject.layout.disk_of)
+    for key, disk in keys.items():
+        subject.assign({key: source.read([disk])[disk]})
+    subject.close()
+    return [key.removesuffix(".weight") for key, disk in keys.items() if disk.removesuffix(".weight") in names]
 
 
 def _dtype(name: str) -> torch.dtype:

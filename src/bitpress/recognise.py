@@ -5,6 +5,7 @@
 | compressed-tensors | weight_packed or weight, weight_scale, weight_shape, weight_zero_point      |
 | gptq, awq          | qweight, qzeros, scales, g_idx (GPTQ alone)                                 |
 | bitsandbytes       | weight with weight.absmax and weight.quant_state..., or with SCB            |
+| sparse-24          | values, positions, and of integers scales, zeros                            |
 | fp8                | weight, weight_scale_inv                                                    |
 
 Headers are enough, but for the shapes that packing hides: `is_note` names the few bytes to read.
@@ -26,11 +27,11 @@ from bitpress.scheme_rules import SCALE_DTYPES
 from bitpress.schemes import PRESETS
 from bitpress.targets import pattern_fault
 
-METHODS = ("compressed-tensors", "gptq", "awq", "bitsandbytes", "fp8")
+METHODS = ("compressed-tensors", "gptq", "awq", "bitsandbytes", "fp8", "sparse-24")
 FLOATS = ("F64", "F32", "F16", "BF16")
 _QUANT_STATE = "weight.quant_state.bitsandbytes__"
 _NOTES = ("weight_shape", "weight_format", _QUANT_STATE)
-_STORED = ("weight", "qweight", "qzeros", "scales", "g_idx", "SCB")
+_STORED = ("weight", "qweight", "qzeros", "scales", "g_idx", "SCB", "values", "positions", "zeros")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,9 +116,11 @@ def read_layer(
     """
     try:
         if "qweight" in parts:
-            found = _gptq_or_awq(parts, settings)
+            found = _gptq_or_awq(name, parts, settings)
         elif state := next((p for p in parts if p.startswith(_QUANT_STATE)), None):
             found = _bitsandbytes_4bit(state, json.loads(bytes(notes[f"{name}.{state}"].tolist())))
+        elif "positions" in parts:
+            found = _sparse(parts)
         elif "SCB" in parts:
             rows, columns = parts["weight"].shape
             coding = Coding("int", 8, "channel", None, True)
@@ -173,16 +176,28 @@ def _compressed(name: str, parts: Mapping[str, Stored], settings: Mapping[str, A
     return rows, columns, coding, activations
 
 
-def _gptq_or_awq(parts: Mapping[str, Stored], settings: Mapping[str, Any]) -> Found:
+def _gptq_or_awq(name: str, parts: Mapping[str, Stored], settings: Mapping[str, Any]) -> Found:
     """Both hold int32 words: GPTQ packs along the input columns, AWQ along the output rows."""
     groups, rows = parts["scales"].shape
     bits = 32 * parts["qzeros"].shape[1] // rows
     symmetric: bool | None = settings.get("sym")
+    for pattern, own in (settings.get("dynamic") or {}).items():
+        if pattern.startswith("+:") and re.match(pattern[2:], name):
+            symmetric = own.get("sym", symmetric)
     columns = 32 * parts["qweight"].shape[0] // bits
     if _packs_rows(parts):
         columns, symmetric = parts["qweight"].shape[0], not settings.get("zero_point", True)
     strategy, group_size = _layout((rows, groups), rows, columns)
     return rows, columns, Coding("int", bits, strategy, group_size, symmetric), None
+
+
+def _sparse(parts: Mapping[str, Stored]) -> Found:
+    """2:4: the two kept weights of every four columns."""
+    rows, eighths = parts["positions"].shape
+    if "scales" not in parts:
+        return rows, 8 * eighths, Coding("float", 16 if parts["values"].dtype != "F32" else 32, "2:4"), None
+    strategy, group_size = _layout(parts["scales"].shape, rows, 8 * eighths)
+    return rows, 8 * eighths, Coding("int", 4, f"2:4 {strategy}", group_size, "zeros" not in parts), None
 
 
 def _bitsandbytes_4bit(part: str, state: Mapping[str, Any]) -> Found:
@@ -269,6 +284,8 @@ def tensor_method(modules: Mapping[str, Mapping[str, Stored]]) -> str | None:
     for parts in modules.values():
         if "qweight" in parts and "scales" in parts:
             return "awq" if _packs_rows(parts) else "gptq"
+        if "positions" in parts and "values" in parts:
+            return "sparse-24"
         if "weight.absmax" in parts or "SCB" in parts:
             return "bitsandbytes"
         if "weight_scale_inv" in parts:

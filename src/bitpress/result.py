@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from bitpress.plan import Plan
     from bitpress.sites import Site
 
+STORED = ("compressed-tensors", "gptq", "gptq_v2", "awq")  # of `bitpress.formats`; "dense" is beside scales here
 FORMATS = (
-    None, "compressed-tensors", "dense", "pack-quantized", "int-quantized", "float-quantized", "naive-quantized",
+    None, *STORED, "dense", "pack-quantized", "int-quantized", "float-quantized", "naive-quantized",
     "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp6-pack-quantized", "mxfp8-quantized",
 )  # fmt: skip
 # arguments of transformers' save_pretrained: those that are refused unless they say what is done anyway, with the
@@ -176,6 +177,7 @@ def attach(
     The weights in memory are the dequantized ones. They are rounded with the scales found, which gives the solved
     codes again, also after changes to the weights (fine-tuning) have moved them off the grid.
     """
+    from bitpress.formatplan import in_format
 
     def save_pretrained(
         self: nn.Module,
@@ -191,7 +193,8 @@ def attach(
         Args:
             save_directory: the folder, made if need be.
             skip_sparsity_compression_stats, disable_sparse_compression: accepted; there is no sparse format.
-            quantization_format: None, or the format that the scheme has anyway.
+            quantization_format: None, or the format that the scheme has anyway; or a checkpoint format such as
+                "gptq"; "dense" means save_compressed=False.
             kwargs: other arguments of transformers' method. They change nothing here, but for is_main_process=False,
                 which writes nothing; what cannot be followed (push_to_hub, state_dict, ...) is a ConfigError.
         """
@@ -199,7 +202,11 @@ def attach(
         if not check_options(kwargs):
             return
         compressed = save_compressed and quantization_format != "dense"
-        save_module(self, Path(save_directory), plan, solved, caches, recipe, report, compressed=compressed)
+        stored = quantization_format if quantization_format in STORED else plan.stored
+        written = in_format(plan, stored)
+        sites = {s.name: s for s in written.quantized}
+        here = [(sites[s.name], z) for s, z in solved]
+        save_module(self, Path(save_directory), written, here, caches, recipe, report, compressed=compressed)
 
     model.save_pretrained = MethodType(save_pretrained, model)  # type: ignore[assignment]
     model.bitpress_report = report  # type: ignore[assignment]

@@ -42,6 +42,7 @@ Format = Literal[
 ScaleType = Literal["uint8", "float8_e4m3fn"]
 
 UNQUANTIZED = "UNQUANTIZED"
+BLOCKWISE = ("nf4", "fp4")  # types that bitsandbytes rounds to; not in `config_groups`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,7 @@ class QuantArgs:
 
     Args:
         num_bits: width of a code in bits.
-        type: "int" or "float" codes.
+        type: "int" or "float" codes; "nf4" and "fp4" are those of `BitsAndBytesModifier` alone.
         symmetric: codes are centred on zero, so that no zero point is stored.
         strategy: what shares one scale: the tensor, an output channel, a group of input columns, a block of rows and
             columns, a token, an attention head; "tensor_group" is a group under a scale of the whole tensor.
@@ -63,7 +64,7 @@ class QuantArgs:
     """
 
     num_bits: int = 8
-    type: Literal["int", "float"] = "int"
+    type: Literal["int", "float", "nf4", "fp4"] = "int"
     symmetric: bool = True
     strategy: Strategy
     group_size: int | None = None
@@ -99,6 +100,8 @@ class Scheme:
     Args:
         name: the preset that it came from, in capitals; None for a `config_groups` entry.
         stored_as: the format, where it is not the usual one of the scheme.
+        nested, storage, compute: of bitsandbytes: whether scales are quantized too, and the dtypes that hold packed
+            codes and that clients multiply in.
     """
 
     name: str | None
@@ -106,6 +109,9 @@ class Scheme:
     input_activations: QuantArgs | None = None
     output_activations: QuantArgs | None = None
     stored_as: Format | None = None
+    nested: bool = False
+    storage: str = "uint8"
+    compute: str = "bfloat16"
 
     @property
     def format(self) -> Format:

@@ -19,7 +19,7 @@ from bitpress.modifiers.base import Claim, LinearModifier, PruningModifier, name
 from bitpress.modifiers.quantization import SchemeGroup, SchemeModifier
 from bitpress.modifiers.smoothing import ScaleModifier
 from bitpress.modifiers.tune import TuneModifier
-from bitpress.schemes import QuantArgs, Scheme
+from bitpress.schemes import BLOCKWISE, QuantArgs, Scheme
 from bitpress.subject import Subject, output_head
 from bitpress.targets import LinearName, resolve, specificity
 
@@ -30,7 +30,7 @@ FUSED = (
     ("w1", "w3"),
     ("q_a_proj", "kv_a_proj_with_mqa"),
 )
-
+FUSED_NAMES = {FUSED[0]: "qkv_proj", FUSED[1]: "gate_up_proj"}  # what it calls the product
 
 PAIRED_EVERY = 4  # the drift of inputs, much damped, is known well enough from a quarter of the data
 
@@ -63,6 +63,7 @@ class Site:
         dtype: in which its scales are stored.
         smoothing: modifiers that scale its input, before the steps.
         tuning: what tunes it together with the other linears of its block, after the steps.
+        stored: the checkpoint format.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Site:
     dtype: torch.dtype = torch.bfloat16
     smoothing: tuple[ScaleModifier, ...] = ()
     tuning: TuneModifier | None = None
+    stored: str = formats.DEFAULT
 
     @property
     def key(self) -> str:
@@ -89,6 +91,12 @@ class Site:
     @property
     def scheme(self) -> Scheme | None:
         return None if self.group is None else self.group.scheme
+
+    @property
+    def packed_24(self) -> bool:
+        """Whether it is stored by its 2:4 mask though it is not quantized."""
+        prunes = (s.modifier for s in self.steps if isinstance(s.modifier, PruningModifier) and s.sparsity != 0)
+        return formats.CHECKPOINTS[self.stored].sparse and any(str(m.structure) == "2:4" for m in prunes)
 
     @property
     def method(self) -> str:
@@ -144,7 +152,7 @@ def _layout(args: QuantArgs) -> str:
 def bits_per_weight(site: Site) -> float:
     """Stored bits per weight, scales and zero points counted."""
     spec = stored_spec(site, compressed=True)
-    mine = [part for name, part in spec.items() if name.startswith("weight") and name != "weight_shape"]
+    mine = [part for name, part in spec.items() if name != "weight_shape" and not name.startswith("input_")]
     stored = sum(t.itemsize * torch.Size(s).numel() for t, s in mine)
     return 8 * stored / (site.rows * site.columns)
 
@@ -157,9 +165,13 @@ def stored_bytes(site: Site, *, compressed: bool) -> int:
 def stored_spec(site: Site, *, compressed: bool) -> formats.Spec:
     """Tensors that a site is stored as: suffix -> (dtype, shape)."""
     if site.scheme is None:
+        if compressed and site.packed_24:
+            return formats.CHECKPOINTS[site.stored].describe_plain(site.rows, site.columns, site.dtype)
         return {"weight": (site.dtype, (site.rows, site.columns))}
-    describe = formats.describe if compressed else formats.describe_dense
-    return describe(site.scheme, site.rows, site.columns, site.dtype)
+    if compressed:
+        return formats.describe(site.scheme, site.rows, site.columns, site.dtype, site.stored)
+    regrouped = site.group is not None and site.group.actorder == "group" and bool(site.scheme.weights.group_size)
+    return formats.describe_dense(site.scheme, site.rows, site.columns, site.dtype, regrouped)
 
 
 def linears_of(subject: Subject) -> list[tuple[str, nn.Linear]]:
@@ -328,14 +340,16 @@ def misfits(sites: Sequence[Site], subject: Subject) -> list[str]:
 
 
 def fits(site: Site, scheme: Scheme) -> bool:
-    """Whether a scheme's groups and blocks divide the weight."""
-    return not _shape_faults(site, scheme, site.columns)
+    """Whether a scheme's groups and blocks divide the weight, and the checkpoint format holds it."""
+    form = formats.CHECKPOINTS[site.stored]
+    held = form.refusal(scheme, None) is None and form.misfit(scheme, site.rows, site.columns) is None
+    return held and not _shape_faults(site, scheme, site.columns)
 
 
 def _shape_faults(site: Site, scheme: Scheme, alike: int) -> list[str]:
     """Groups and blocks that do not divide the weight; `alike`: what divides the columns of all with this scheme."""
     args, inputs = scheme.weights, scheme.input_activations
-    size = args.group_size
+    size = None if args.type in BLOCKWISE else args.group_size  # their blocks run over the ends of rows
     if size and site.columns % size:
         why = f"{site.columns} input columns are not divisible by group_size {size}"
         if args.type == "int":

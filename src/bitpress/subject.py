@@ -163,6 +163,7 @@ class FolderSubject(Subject):
         dtype: what weights are turned into when they are read, by name; those of another dtype than most stay as they
             are. None: nothing is turned.
         attention: transformers' name of the attention; None: its choice.
+        source: its tensors, where they are not simply those of its files.
 
     Raises:
         CheckpointError: the folder cannot be read.
@@ -181,6 +182,7 @@ class FolderSubject(Subject):
         hidden: Iterable[str] = (),
         dtype: str | None = None,
         attention: str | None = None,
+        source: Source | None = None,
     ) -> None:
         from accelerate import init_empty_weights
         from transformers import AutoModelForCausalLM
@@ -191,7 +193,7 @@ class FolderSubject(Subject):
             raise PlanError(f"{config.model_type}: an encoder-decoder; bitpress compresses decoder language models")
         if hasattr(config, "quantization_config"):  # of an earlier stage; its dense weights are what is loaded
             del config.quantization_config
-        self.source = open_weights(folder, trust_pickle=trust_pickle)
+        self.source = source or open_weights(folder, trust_pickle=trust_pickle)
         self.stored_dtype = self.dtype = checkpoint_dtype(config, self.source)
         if isinstance(wanted := getattr(torch, dtype or "", None), torch.dtype):
             self.dtype, self.turned = wanted, wanted != self.stored_dtype

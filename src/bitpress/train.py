@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 RUN = (
     "tokenizer", "splits", "dataset_config_name", "dataset_path", "text_column", "num_calibration_samples",
     "max_seq_length", "shuffle_calibration_samples", "concatenate_data", "separator", "preprocessing_func",
-    "preprocessing_num_workers", "streaming", "save_compressed", "device", "seed", "verify", "resume", "fresh",
-    "dtype", "attn_implementation", "trust_remote_code_model", "trust_remote_code_data", "trust_pickle",
+    "preprocessing_num_workers", "streaming", "save_compressed", "format", "device", "seed", "verify", "resume",
+    "fresh", "dtype", "attn_implementation", "trust_remote_code_model", "trust_remote_code_data", "trust_pickle",
 )  # fmt: skip
 IDLE = ("pad_to_max_length",)  # accepted as `oneshot` accepts it
 
@@ -76,8 +76,8 @@ def train(
             gradient_checkpointing, save_steps, fsdp, deepspeed, ...), and older names of them (warmup_ratio,
             overwrite_output_dir, save_safetensors, ...); and those of `bitpress.oneshot` about data and running:
             tokenizer, dataset_config_name, dataset_path, text_column, max_seq_length, concatenate_data (pack),
-            separator, preprocessing_func, preprocessing_num_workers, streaming, save_compressed, dtype,
-            attn_implementation, device, seed, verify, resume, fresh, trust_remote_code_model,
+            separator, preprocessing_func, preprocessing_num_workers, streaming, save_compressed, format,
+            dtype, attn_implementation, device, seed, verify, resume, fresh, trust_remote_code_model,
             trust_remote_code_data, trust_pickle.
 
     Returns:

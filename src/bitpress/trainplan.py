@@ -13,10 +13,18 @@ from bitpress.budget import available, gib, space_fault
 from bitpress.checkpoint import file_size
 from bitpress.clients import client_notes
 from bitpress.errors import PlanError
+from bitpress.formatplan import (
+    format_faults,
+    left_dense,
+    model_faults,
+    specs_of_shards,
+    stored_as,
+    stored_in,
+)
 from bitpress.modifiers.base import names
 from bitpress.modifiers.pruning import ConstantPruningModifier
 from bitpress.modifiers.quantization import QuantizationModifier
-from bitpress.plan import Plan, left_dense, quantized_before, specs_of_shards
+from bitpress.plan import Plan, quantized_before
 from bitpress.sites import Site, brief, dense_site, disk_module, find_sites, label, linears_of, misfits
 from bitpress.subject import Subject
 from bitpress.targets import LinearName, resolve
@@ -36,11 +44,12 @@ def make(
     compressed: bool = True,
     inherited: Sequence[Site] = (),
     precision: str = "auto",
+    stored: str = formats.DEFAULT,
 ) -> Plan:
     """The plan of a training stage.
 
     Args:
-        samples, length, device, output, compressed, inherited: see `bitpress.plan.make`.
+        samples, length, device, output, compressed, inherited, stored: see `bitpress.plan.make`.
         precision: dtype of the weights while training, see `bitpress.training.arguments`.
 
     Raises:
@@ -57,7 +66,12 @@ def make(
     quantizers = [m for m in modifiers if isinstance(m, QuantizationModifier)]
     sites, more, added = find_sites(quantizers, subject)
     faults += more + misfits(sites, subject)
-    notes += added + client_notes(subject, sites, [])
+    stored, more = stored_as(stored, quantizers, inherited)
+    sites = stored_in(stored, sites)
+    notes += added + more + client_notes(subject, sites, [], stored)
+    ignored = left_dense(subject, {s.module for s in sites})
+    faults += model_faults(stored, subject, sites)
+    faults += format_faults(stored, sites, ignored, target=None, cache=False, packed=compressed)
     faults += [f for m in quantizers if m.learn_scales for f in unlearnable(sites, m)]
     faults += [f"{type(m).__name__}.bits: schemes are chosen in a one-shot stage" for m in quantizers if m.bits]
     faults += [
@@ -91,9 +105,10 @@ def make(
     notes.append(f"training: weights, gradients and Adam's moments take about {gib(held)}; activations come on top")
     on_cpu = device.type == "cpu"
     return Plan(
-        sites=tuple(sites), ignored=left_dense(subject, {s.module for s in sites}), notes=tuple(notes), shards=shards,
+        sites=tuple(sites), ignored=ignored, notes=tuple(notes), shards=shards,
         output_bytes=output_bytes, host_bytes=held if on_cpu else weights * item, device_bytes=0 if on_cpu else held,
         batch_size=0, gram_bytes=0, solver_bytes=0, hidden_on="device", trains=True, masked=tuple(masked),
+        stored=stored,
     )  # fmt: skip
 
 

@@ -25,15 +25,23 @@ class SparseAutoModelForCausalLM:
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
         """Load a model; takes the arguments of transformers, and `torch_dtype` for `dtype`.
 
-        A checkpoint in compressed-tensors format comes with dense weights, and its
-        `save_pretrained(dir, save_compressed=True)` packs it again with the same scales. Activations and caches are
-        not rounded; transformers' own class does that. All else, schemes that bitpress does not read too, is left
-        to transformers.
+        A checkpoint in a format that bitpress writes comes with dense weights, and its
+        `save_pretrained(dir, save_compressed=True)` packs it again with the same scales. One stored by its 2:4 masks
+        (`--format sparse-24`) takes `semi_structured=True`, for torch's semi-structured tensors on a GPU. Activations
+        and caches are not rounded; transformers' own class does that. All else, schemes that bitpress does not read
+        too, is left to transformers.
         """
         from transformers import AutoModelForCausalLM
 
+        from bitpress.formats import DEFAULT
+        from bitpress.inspection import is_quantized
         from bitpress.reading import reload
 
+        ggufs = sorted(Path(pretrained_model_name_or_path).glob("*.gguf"))
+        if len(ggufs) == 1 and is_quantized(pretrained_model_name_or_path) == "gguf" and "gguf_file" not in kwargs:
+            if (Path(pretrained_model_name_or_path) / "config.json").is_file():
+                return reload(pretrained_model_name_or_path, **kwargs)
+            kwargs["gguf_file"] = ggufs[0].name
         if "torch_dtype" in kwargs:
             kwargs.setdefault("dtype", kwargs["torch_dtype"])
             del kwargs["torch_dtype"]
@@ -41,6 +49,8 @@ class SparseAutoModelForCausalLM:
         place = Path(pretrained_model_name_or_path)
         hub = {key: kwargs[key] for key in HUB if key in kwargs}
         folder = place if place.is_dir() else _cached_config(os.fspath(pretrained_model_name_or_path), hub)
+        if folder is not None and not place.is_dir() and is_quantized(folder) not in (None, DEFAULT):
+            folder = _fetched(os.fspath(pretrained_model_name_or_path), hub)  # its tensors tell the schemes
         if folder is None or kwargs.get("subfolder") or not _reloads(folder):
             return AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, **kwargs)
         if not place.is_dir():
@@ -52,12 +62,13 @@ def _reloads(folder: Path) -> bool:
     """Whether the configuration in a folder is of a checkpoint that `reading.reload` reads."""
     from bitpress.errors import CheckpointError
     from bitpress.inspection import is_quantized
-    from bitpress.reading import modifier_of
+    from bitpress.reading import described
 
-    if is_quantized(folder) != "compressed-tensors":
-        return False
+    method = is_quantized(folder)
+    if method in (None, "sparse-24"):
+        return method is not None
     try:
-        modifier_of(folder)
+        described(folder)
     except CheckpointError:
         return False
     return True

@@ -12,7 +12,7 @@ from torch import Tensor
 from bitpress import formats, ranks
 from bitpress.chain import check_zeros
 from bitpress.errors import NumericsError
-from bitpress.math.grid import Solved, relative_error, settle
+from bitpress.math.grid import Solved, relative_error
 from bitpress.math.masks import pruned
 from bitpress.math.stats import InputStats
 from bitpress.math.tune import Start, ideal_weight, tune
@@ -124,7 +124,7 @@ class Tuning:
         results = {}
         for h in self.held:
             z, grid = found.solved[h.site.key], starts[h.site.key].grid
-            z = z if grid is None else settle(z, grid)
+            z = z if grid is None else formats.settle(z, grid)
             # what the solver left at zero stays zero; a weight that was zero by chance and is kept need not
             check_zeros(h.weight if h.keep is None else h.keep, z.dense(), h.site.steps)
             error = relative_error(h.weight.float(), z.dense(), h.gram)

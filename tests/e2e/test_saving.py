@@ -492,8 +492,8 @@ def test_a_wrong_packing_is_caught_unless_verification_is_off(compressed, tmp_pa
     name = "pack" if compressed else "dense"
     real = getattr(formats, name)
 
-    def wrong(solved, scheme):
-        parts = real(solved, scheme)
+    def wrong(solved, scheme, *stored):
+        parts = real(solved, scheme, *stored)
         if compressed:
             parts["weight_packed"][3, 1] ^= 1 << 9  # one bit of one code
         else:

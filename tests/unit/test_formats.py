@@ -8,7 +8,7 @@ import torch
 
 from bitpress import formats
 from bitpress.formats import bits, small_floats
-from bitpress.math.grid import QParams, Solved, dequantize, find_qparams, quantize, settle, values_of
+from bitpress.math.grid import QParams, Solved, dequantize, find_qparams, quantize, values_of
 from bitpress.schemes import QuantArgs, Scheme, preset
 
 WIDTHS = range(2, 9)
@@ -141,7 +141,7 @@ def test_pack_is_as_described_and_unpacks(name, dtype):
 @pytest.mark.parametrize("name", SCHEMES)
 def test_dense_is_as_described_and_gives_the_codes_back(name, dtype):
     scheme = SCHEMES[name]
-    solved = settle(solved_for(scheme, dtype), formats.grid_of(scheme, dtype))
+    solved = formats.settle(solved_for(scheme, dtype), formats.grid_of(scheme, dtype))
     tensors = formats.dense(solved, scheme)
     spec = formats.describe_dense(scheme, *solved.codes.shape, dtype)
     assert {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()} == spec
@@ -159,7 +159,7 @@ def test_every_code_comes_back_from_dense_bfloat16(symmetric, width):
         zeros = None if symmetric else torch.full((128, 1), zero, dtype=torch.int8)
         scheme = scheme_of("channel", width, symmetric)
         grid = formats.grid_of(scheme, torch.bfloat16)
-        solved = settle(Solved(codes, QParams(scale, zeros), torch.tensor(0.0)), grid)
+        solved = formats.settle(Solved(codes, QParams(scale, zeros), torch.tensor(0.0)), grid)
         tensors = formats.dense(solved, scheme)
         assert tensors["weight"].dtype == torch.bfloat16
         assert torch.equal(formats.undense(tensors, scheme).codes, solved.codes)
@@ -278,7 +278,7 @@ def assert_equal_solved(found, expected):
 def test_floats_and_inputs_are_as_described_and_come_back(name, dtype):
     scheme = RICH[name]
     assert scheme.faults() == []
-    solved = settle(float_solved(scheme, dtype), formats.grid_of(scheme, dtype))
+    solved = formats.settle(float_solved(scheme, dtype), formats.grid_of(scheme, dtype))
     for write, describe, read in (
         (formats.pack, formats.describe, lambda t, s: formats.unpack(t, s, dtype)),
         (formats.dense, formats.describe_dense, formats.undense),

@@ -6,6 +6,8 @@ layout of compressed-tensors since 0.19 (0.17 pads widths that do not divide 32,
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,11 @@ from torch import Tensor
 def words(elements: int, bits: int) -> int:
     """int32 words that hold `elements` values of `bits` bits."""
     return -(-elements * bits // 32)
+
+
+def unit(bits: int) -> int:
+    """Elements that fill whole words."""
+    return 32 // math.gcd(32, bits)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

@@ -1,7 +1,8 @@
 """GPTQ: round column by column, compensating with second-order information (Frantar et al. 2022, arXiv 2210.17323).
 
 Differences to the paper: all scales are fixed before the sweep, and may be searched with the Gram matrix's diagonal
-as weights; columns may be taken in order of falling Gram diagonal while groups stay as they lie (static order).
+as weights; columns may be taken in order of falling Gram diagonal while groups stay as they lie (static order), or
+with groups of columns that follow each other in that order, as in the paper's code.
 After the sweep, codes and scales are refined in turn: `bitpress.math.descent`, `bitpress.math.refit`. A pruned weight
 stays exactly zero (what counts as pruned: `bitpress.math.masks.pruned`).
 """
@@ -9,7 +10,7 @@ stays exactly zero (what counts as pruned: `bitpress.math.masks.pruned`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -35,6 +36,7 @@ def gptq(
     *,
     observer: str = "hessian",
     order: bool = True,
+    regroup: bool = False,
     block_size: int = 128,
     dampening_frac: float = 0.01,
     refine: int = 0,
@@ -48,6 +50,7 @@ def gptq(
         grid: the target grid.
         observer: "minmax", "mse" (scale search by weight error) or "hessian" (weighted by the Gram diagonal).
         order: take columns by falling Gram diagonal.
+        regroup: with groups in that order too, so that which column is in which group has to be stored (`g_idx`).
         block_size: columns per block of the sweep.
         dampening_frac: share of the mean Gram diagonal that is added to the diagonal.
         refine: rounds of coordinate descent on the codes and least squares on the scales after the sweep.
@@ -60,7 +63,7 @@ def gptq(
         NumericsError: NaN or infinity in the statistics, or a Gram matrix that is not positive definite.
     """
     return gptq_each(
-        [(weights, stats)], grid, observer=observer, order=order, block_size=block_size,
+        [(weights, stats)], grid, observer=observer, order=order, regroup=regroup, block_size=block_size,
         dampening_frac=dampening_frac, refine=refine, correct=correct,
     )[0]  # fmt: skip
 
@@ -71,6 +74,7 @@ def gptq_each(
     *,
     observer: str,
     order: bool,
+    regroup: bool,
     block_size: int,
     dampening_frac: float,
     refine: int,
@@ -81,6 +85,14 @@ def gptq_each(
     On a GPU they are solved together: one expert alone is too small to fill it. There may be but one where the grid has
     a global scale.
     """
+    if regroup and grid.group_size is not None:
+        perms = [torch.argsort(s.needed_gram.diagonal(), descending=True, stable=True) for _, s in problems]
+        in_order = gptq_each(
+            [([w[:, p] for w in ws], s.permuted(p)) for (ws, s), p in zip(problems, perms, strict=True)], grid,
+            observer=observer, order=False, regroup=False, block_size=block_size, dampening_frac=dampening_frac,
+            refine=refine, correct=correct,
+        )  # fmt: skip
+        return [[_unsorted(z, p, grid.group_size) for z in zs] for zs, p in zip(in_order, perms, strict=True)]
     posed = [_pose(weights, stats, grid, observer, order, dampening_frac, correct) for weights, stats in problems]
     wanted, ordered, groups = (_stack([getattr(p, name) for p in posed]) for name in ("wanted", "ordered", "groups"))
     keep = None
@@ -195,6 +207,13 @@ def _stack_qparams(each: Sequence[QParams]) -> QParams:
 def _each(codes: Tensor) -> Sequence[Tensor]:
     """What `_stack` put together."""
     return codes.unbind() if codes.dim() == 3 else [codes]
+
+
+def _unsorted(z: Solved, perm: Tensor, group_size: int) -> Solved:
+    """A linear solved with its columns in the order `perm`, with them in their own."""
+    codes, qparams = z.quantized
+    back = torch.argsort(perm)
+    return replace(z, codes=codes[:, back].contiguous(), qparams=replace(qparams, g_idx=back // group_size))
 
 
 def _together(found: Sequence[QParams]) -> QParams:

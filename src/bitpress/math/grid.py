@@ -150,11 +150,13 @@ class QParams:
 
     Attributes:
         global_scale: (1,) float32, by which all scales are divided; None but for two-level scales.
+        g_idx: (C,) int64, the group of each column; None: columns of a group are adjacent.
     """
 
     scale: Tensor
     zero_point: Tensor | None
     global_scale: Tensor | None = None
+    g_idx: Tensor | None = None
 
     def effective(self) -> Tensor:
         """The scale (R, G) float32 that codes are multiplied by."""
@@ -162,8 +164,12 @@ class QParams:
         return scale if self.global_scale is None else scale / self.global_scale
 
     def to(self, device: torch.device | str) -> QParams:
-        zero, top = (None if t is None else t.to(device) for t in (self.zero_point, self.global_scale))
-        return QParams(self.scale.to(device), zero, top)
+        rest = (None if t is None else t.to(device) for t in (self.zero_point, self.global_scale, self.g_idx))
+        return QParams(self.scale.to(device), *rest)
+
+    def by_column(self, x: Tensor) -> Tensor:
+        """Scales or zero points (R, G) as they meet the weights: (R, G, 1) for adjacent groups, else (R, C, 1)."""
+        return x[..., None] if self.g_idx is None else x[:, self.g_idx, None]
 
     def rows(self, lo: int, hi: int) -> QParams:
         zero = None if self.zero_point is None else self.zero_point[lo:hi]
@@ -367,34 +373,21 @@ def _squared_error(grouped: Tensor, qparams: QParams, importance: Tensor, grid: 
 def quantize(weight: Tensor, qparams: QParams, grid: Grid) -> Tensor:
     """Round to nearest: codes (R, C) of a weight (R, C) float32."""
     R, C = weight.shape
-    G = qparams.scale.shape[1]
-    x = weight.reshape(R, G, C // G) / qparams.effective()[..., None]
+    scale = qparams.by_column(qparams.effective())
+    x = weight.reshape(R, scale.shape[1], -1) / scale
     if qparams.zero_point is not None:
-        x += qparams.zero_point.float()[..., None]
+        x += qparams.by_column(qparams.zero_point.float())
     return grid.codes(grid.nearest_(x)).reshape(R, C)
 
 
 def dequantize(codes: Tensor, qparams: QParams) -> Tensor:
     """Weights (R, C) of codes (R, C), in the scales' dtype: one product, rounded once."""
     R, C = codes.shape
-    G = qparams.scale.shape[1]
-    x = values_of(codes).reshape(R, G, C // G)
+    scale = qparams.by_column(qparams.effective())
+    x = values_of(codes).reshape(R, scale.shape[1], -1)
     if qparams.zero_point is not None:
-        x = x - qparams.zero_point.to(torch.float32)[..., None]
-    return (x * qparams.effective()[..., None]).to(qparams.scale.dtype).reshape(R, C)
-
-
-def settle(solved: Solved, grid: Grid) -> Solved:
-    """The same weights, by the codes that rounding them gives again.
-
-    Eight bits with zero points are finer than bfloat16: two codes may mean one weight, or, in one of some thousands,
-    weights that differ in their last bit. Floats under two-level scales reach below the smallest float16. A dense
-    copy could not tell which it was.
-    """
-    fine = not grid.symmetric and grid.bits == 8 and grid.scale_dtype == torch.bfloat16
-    if fine or (grid.values != "int" and grid.scale_dtype == torch.float16):
-        return replace(solved, codes=quantize(solved.dense().float(), solved.quantized[1], grid))
-    return solved
+        x = x - qparams.by_column(qparams.zero_point.to(torch.float32))
+    return (x * scale).to(qparams.scale.dtype).reshape(R, C)
 
 
 def relative_error(weight: Tensor, dense: Tensor, gram: Tensor | None) -> Tensor:

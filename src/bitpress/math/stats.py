@@ -61,6 +61,20 @@ class InputStats:
             both(self.paired, other.paired, torch.add),
         )
 
+    def permuted(self, order: Tensor) -> InputStats:
+        """The statistics of `x[:, order]`, for a permutation (C,)."""
+
+        def one(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[order]
+
+        def two(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[order][:, order]
+
+        return InputStats(
+            two(self.gram), self.tokens, one(self.sum_abs), one(self.low), one(self.high), two(self.drift),
+            two(self.paired),
+        )  # fmt: skip
+
     def smoothed(self, scale: Tensor) -> InputStats:
         """The statistics of `x / scale`, for a positive scale (C,): by algebra, without another forward."""
 

@@ -10,12 +10,18 @@ from bitpress.modifiers.pruning import (
     SparseGPTModifier,
     WandaPruningModifier,
 )
-from bitpress.modifiers.quantization import GPTQModifier, QuantizationModifier, SchemeGroup
+from bitpress.modifiers.quantization import (
+    BitsAndBytesModifier,
+    GPTQModifier,
+    QuantizationModifier,
+    SchemeGroup,
+)
 from bitpress.modifiers.smoothquant import SmoothQuantModifier
 from bitpress.modifiers.tune import TuneModifier
 
 MODIFIERS: dict[str, type[Modifier]] = {
     "AWQModifier": AWQModifier,
+    "BitsAndBytesModifier": BitsAndBytesModifier,
     "ConstantPruningModifier": ConstantPruningModifier,
     "GPTQModifier": GPTQModifier,
     "MagnitudePruningModifier": MagnitudePruningModifier,
@@ -29,6 +35,7 @@ MODIFIERS: dict[str, type[Modifier]] = {
 __all__ = [
     "MODIFIERS",
     "AWQModifier",
+    "BitsAndBytesModifier",
     "ConstantPruningModifier",
     "GPTQModifier",
     "MagnitudePruningModifier",

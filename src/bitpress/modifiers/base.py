@@ -271,7 +271,7 @@ def _readable(annotation: str) -> str:
     names = {"Float": "a number", "int": "a whole number", "str": "text", "bool": "true or false"}
     names |= {"Names": "a name or a list of names", "Groups": "groups by name", "None": "null"}
     names |= {"Mappings": "a list of mappings", "Candidates": "a list of schemes"}
-    names |= {"OrderName": "'none', 'weight' or 'static'"}
+    names |= {"OrderName": "'none', 'weight', 'static' or 'group'"}
     names |= {"Sparsity": "a share of zeros, a list of them, or a mapping of patterns to either"}
     names |= {"MaskStructure": "'N:M' or 'unstructured'", "dict[str, Any]": "a mapping"}
     if annotation.startswith("Literal["):

@@ -20,7 +20,7 @@ from bitpress.chain import check_zeros
 from bitpress.errors import NumericsError
 from bitpress.math.activations import rounded, static_scale
 from bitpress.math.fake import learned_weight, round_weight, shares_of, shifted, straight
-from bitpress.math.grid import QParams, Solved, find_all, find_qparams, global_scale, quantize, settle
+from bitpress.math.grid import QParams, Solved, find_all, find_qparams, global_scale, quantize
 from bitpress.math.grid import solved as solved_of
 from bitpress.modifiers.quantization import QuantizationModifier
 from bitpress.rounding import grid_of_inputs
@@ -104,7 +104,7 @@ class Rounding:
     def solve(self) -> Solved:
         """The linear as it is stored."""
         weight, qparams = self.linear.weight.detach().float(), self.qparams()
-        z = settle(solved_of(weight, quantize(weight, qparams, self.grid), qparams, None), self.grid)
+        z = formats.settle(solved_of(weight, quantize(weight, qparams, self.grid), qparams, None), self.grid)
         check_zeros(weight, z.dense(), ())
         if self.scheme.static_inputs and not all(getattr(self.linear, n).isfinite() for n in (LOW, HIGH)):
             raise NumericsError(f"{self.site.name}: its input was never seen in training, or has NaN or infinity")

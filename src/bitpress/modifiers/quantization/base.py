@@ -21,9 +21,9 @@ if TYPE_CHECKING:  # recipes are read without torch
     from bitpress.math.grid import Grid, Solved
     from bitpress.math.stats import InputStats
 
-ActOrder = Literal["static"] | None
+ActOrder = Literal["static", "group"] | None
 Candidates = Annotated[list[Any], BeforeValidator(plain)]
-ACT_ORDERS = ("none", "weight", "static")
+ACT_ORDERS = ("none", "weight", "static", "group")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,8 @@ class SchemeGroup(Claim):
     Args:
         name: the key in `config_groups`; "group_0" for a preset.
         targets: patterns, see `bitpress.targets`.
-        actorder: "static" (GPTQ solves the columns with the largest input first) or None.
+        actorder: "static" (GPTQ solves the columns with the largest input first), "group" (and groups follow that
+            order, which only the GPTQ format stores), or None.
         observer: how scales are chosen.
     """
 
@@ -48,6 +49,7 @@ class SchemeModifier(LinearModifier):
 
     essential: ClassVar[frozenset[str]] = frozenset({"scheme", "config_groups", "bits", "candidates"})
     observers: ClassVar[tuple[str, ...]] = ("minmax", "mse")
+    regroups: ClassVar[bool] = False  # whether it knows actorder: group
 
     scheme: str | None = None
     config_groups: Groups | None = None
@@ -232,7 +234,9 @@ class SchemeModifier(LinearModifier):
             if "actorder" in weights:
                 order = act_order(weights["actorder"])
                 faults += act_order_faults(order, f"{where}.weights.actorder")
-                actorder = None if order in (None, "none") else "static"
+                actorder = order_of(order)
+                if actorder == "group" and not self.regroups:
+                    faults.append(f"{where}.weights.actorder: 'group' needs GPTQModifier: rounding has no order")
             if weights.get("observer") is not None:
                 observer = weights["observer"]
             if observer not in self.observers:
@@ -244,18 +248,23 @@ class SchemeModifier(LinearModifier):
 
 
 def act_order(value: Any) -> Any:
-    """An act-order as written, in lower case; "none" and false are None."""
+    """An act-order as written, in lower case; "none" and false are None, what `desc_act` means elsewhere is "group"."""
     value = value.lower() if isinstance(value, str) else value
-    return None if value in ("none", False) else value
+    if value in ("none", False):
+        return None
+    return "group" if value in ("dynamic", True) else value
+
+
+def order_of(value: str | None) -> ActOrder:
+    """What a known act-order means."""
+    return None if value is None else "group" if value == "group" else "static"
 
 
 def act_order_faults(value: Any, where: str) -> list[str]:
     """What is wrong with an act-order that has been through `act_order`."""
     if value is None or value in ACT_ORDERS:
         return []
-    if value in ("group", "dynamic", True):
-        return [f"{where}: act-order groups need the GPTQ format; use 'static'"]
-    return [f"{where}: {value!r} is unknown.{did_you_mean(str(value), (*ACT_ORDERS, 'group'))}"]
+    return [f"{where}: {value!r} is unknown.{did_you_mean(str(value), ACT_ORDERS)}"]
 
 
 def target_faults(targets: Any, where: str) -> list[str]:

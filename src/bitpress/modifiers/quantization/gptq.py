@@ -10,7 +10,14 @@ from pydantic import BeforeValidator
 from pydantic.dataclasses import dataclass
 
 from bitpress.modifiers.base import CONFIG, Float, Names, sweep_faults
-from bitpress.modifiers.quantization.base import ActOrder, SchemeGroup, SchemeModifier, act_order, act_order_faults
+from bitpress.modifiers.quantization.base import (
+    ActOrder,
+    SchemeGroup,
+    SchemeModifier,
+    act_order,
+    act_order_faults,
+    order_of,
+)
 
 if TYPE_CHECKING:  # recipes are read without torch
     from torch import Tensor
@@ -49,7 +56,8 @@ class GPTQModifier(SchemeModifier):
         dampening_frac: what is added to the diagonal of the Gram matrix, as a fraction of its mean.
             Default: 0.01.
         actorder: "static" (also "weight") solves the columns with the largest input first and stores them in
-            their own order; "none" or null solves from left to right. Default: "static".
+            their own order; "group" also makes groups of columns that follow each other in that order, which only the
+            GPTQ format can store; "none" or null solves from left to right. Default: "static".
         observer: how scales are chosen: "minmax" covers every weight, "mse" searches the least squared error,
             "hessian" the least error weighted by the diagonal of the Gram matrix. Default: "hessian".
         refine: rounds of coordinate descent on the codes (Behdin et al. 2023, arXiv 2309.01885) and joint least
@@ -65,6 +73,7 @@ class GPTQModifier(SchemeModifier):
     observers: ClassVar[tuple[str, ...]] = ("minmax", "mse", "hessian")
 
     method: ClassVar[str] = "gptq"
+    regroups: ClassVar[bool] = True
 
     block_size: int = 128
     dampening_frac: Float = 0.01
@@ -100,6 +109,7 @@ class GPTQModifier(SchemeModifier):
             grid,
             observer=group.observer,
             order=group.actorder is not None,
+            regroup=group.actorder == "group",
             block_size=self.block_size,
             dampening_frac=self.dampening_frac,
             refine=self.refine,
@@ -123,4 +133,4 @@ class GPTQModifier(SchemeModifier):
         ]
 
     def _weights_defaults(self) -> tuple[ActOrder, str]:
-        return None if self.actorder is None else "static", self.observer
+        return order_of(self.actorder), self.observer

@@ -1,0 +1,71 @@
+"""What is handed to lm-evaluation-harness. It is not installed here: its presence is pretended."""
+
+import pytest
+import torch
+
+from bitpress import CheckpointError, ConfigError, harness, oneshot
+from conftest import build, save
+from helpers import make_tokenizer
+
+
+@pytest.fixture
+def base(tmp_path):
+    save(build("llama", torch.bfloat16), tmp_path / "base")
+    make_tokenizer(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    packages = {"lm_eval"}
+    monkeypatch.setattr(harness, "_there", packages.__contains__)
+    return packages
+
+
+def test_what_the_harness_is_given(base, installed):
+    argv = harness.arguments(base, ["a", "b"], model_args={"dtype": "float32"}, more=["--limit", "5"])
+    settings = f"pretrained={base},add_bos_token=False,dtype=float32"
+    assert argv == ["run", "--model", "hf", "--model_args", settings, "--tasks", "a,b", "--limit", "5"]
+    assert "add_bos_token=True" in harness.arguments(base, ["a"], add_bos_token=True)[4]
+
+
+def test_a_tokenizer_that_puts_a_token_first_is_followed(base, installed):
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save_pretrained(base)
+    assert "add_bos_token=True" in harness.arguments(base, ["a"])[4]
+    assert "add_bos_token=False" in harness.arguments(base, ["a"], add_bos_token=False)[4]
+
+
+def test_everything_that_is_wrong_is_said(base, installed, tmp_path):
+    installed.clear()
+    with pytest.raises(ConfigError) as caught:
+        harness.arguments(base, [], backend="vlm")
+    assert [p.partition(":")[0] for p in caught.value.problems] == ["backend", "tasks", "lm_eval"]
+    assert "Did you mean 'vllm'" in caught.value.problems[0]
+    installed |= {"lm_eval", "vllm"}
+    out = oneshot(base, None, scheme="W4A16", group_size=16, method="rtn", output_dir=tmp_path / "q", format="gptq")
+    with pytest.raises(CheckpointError, match="gptq needs gptqmodel and optimum"):
+        harness.arguments(out, ["a"])
+    assert harness.arguments(out, ["a"], backend="vllm")[2] == "vllm"
+    installed |= {"gptqmodel", "optimum"}
+    assert harness.arguments(out, ["a"])[2] == "hf"
+    with pytest.raises(CheckpointError, match="no such"):
+        harness.arguments(tmp_path / "nothing", ["a"])
+
+
+def test_it_runs_the_harness_with_its_own_command_line(monkeypatch):
+    import sys
+    import types
+
+    seen = []
+    main = types.ModuleType("lm_eval.__main__")
+    main.cli_evaluate = lambda: seen.append(list(sys.argv))
+    monkeypatch.setitem(sys.modules, "lm_eval", types.ModuleType("lm_eval"))
+    monkeypatch.setitem(sys.modules, "lm_eval.__main__", main)
+    before = list(sys.argv)
+    harness.run(["run", "--tasks", "a"])
+    assert seen == [["lm-eval", "run", "--tasks", "a"]] and sys.argv == before
