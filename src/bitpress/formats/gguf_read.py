@@ -32,7 +32,7 @@ def read_weights(file: Path, config: Any, names: Iterable[str]) -> Iterator[tupl
         found = stored.get(short.get_name(name, try_suffixes=(".weight", ".bias")))
         if found is None:
             raise CheckpointError(f"{file}: has no tensor for {name}; write it again")
-        tensor = torch.from_numpy(gguf.quants.dequantize(found.data, found.tensor_type))
+        tensor = torch.tensor(gguf.quants.dequantize(found.data, found.tensor_type))
         tensor = tensor.reshape([int(n) for n in reversed(found.shape)]).float()
         heads = heads_of(name, config) if turned else None
         yield name, tensor if heads is None else halved(tensor, heads)
