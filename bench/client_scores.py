@@ -83,8 +83,6 @@ def gptqmodel(model: str, ids: list[int], dtype: str) -> dict[str, Any]:
 
 def llamacpp(model: str, ids: list[int], dtype: str) -> dict[str, Any]:
     """llama.cpp, of the GGUF file in the folder; also says what its tokenizer makes of the text."""
-    import math
-
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -105,8 +103,8 @@ def llamacpp(model: str, ids: list[int], dtype: str) -> dict[str, Any]:
 
     nll = []
     for i in range(1, min(len(ids), LLAMA_TOKENS)):
-        best = complete(ids[:i], 1, 4096)[0]["top_logprobs"]
-        nll.append(next((-p["logprob"] for p in best if p["id"] == ids[i]), math.nan))
+        best = complete(ids[:i], 1, 1 << 20)[0]["top_logprobs"]  # all of the vocabulary
+        nll.append(next(-p["logprob"] for p in best if p["id"] == ids[i]))
     made = complete(ids[:PROMPT], NEW, 1)
     return {"nll": nll, "greedy": [token["id"] for token in made], "kernel": "ggml CPU"}
 

@@ -78,7 +78,7 @@ def row(name: str, said: tuple[str, str], found: dict[str, Any], own: dict[str, 
     """One line of the table."""
     if "error" in found:
         return [name, *said, f"no: {found['error']}", "", "", "", "", ""]
-    pairs = [(a, b) for a, b in zip(found["nll"], own["nll"], strict=False) if a == a]
+    pairs = list(zip(found["nll"], own["nll"], strict=False))
     mean, ours = (sum(p[i] for p in pairs) / len(pairs) for i in (0, 1))
     gap = max(abs(a - b) for a, b in pairs)
     equal = "yes" if found["greedy"] == own["greedy"] else "no"
