@@ -11,7 +11,8 @@ from torch import Tensor
 from bitpress import formats
 from bitpress.errors import NumericsError
 from bitpress.math.activations import static_scale
-from bitpress.math.grid import Solved, global_scale, relative_error
+from bitpress.math.grid import Solved, global_scale
+from bitpress.math.lost import relative_error
 from bitpress.math.masks import holds, pruned
 from bitpress.math.stats import InputStats
 from bitpress.modifiers.base import PruningModifier

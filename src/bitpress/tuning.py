@@ -12,7 +12,8 @@ from torch import Tensor
 from bitpress import formats, ranks
 from bitpress.chain import check_zeros
 from bitpress.errors import NumericsError
-from bitpress.math.grid import Solved, relative_error
+from bitpress.math.grid import Solved
+from bitpress.math.lost import relative_error
 from bitpress.math.masks import pruned
 from bitpress.math.stats import InputStats
 from bitpress.math.tune import Start, ideal_weight, tune

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from bitpress.math import grid as grid_module
-from bitpress.math.grid import SHRINK, Grid, QParams, dequantize, find_all, find_qparams, quantize, solved, values_of
+from bitpress.math.grid import SHRINK, Grid, QParams, dequantize, find_all, find_qparams, quantize, values_of
+from bitpress.math.lost import solved
 from bitpress.math.rtn import round_to_nearest
 
 R, C, SIZE = 6, 48, 16

@@ -58,14 +58,15 @@ def test_the_same_codes_as_the_pure_walk(kind, rows, columns, condition, pruned,
 @pytest.mark.parametrize("kind", GRIDS)
 @pytest.mark.parametrize(("rows", "columns"), [(5, 8), (17, 136)])
 def test_the_losses_of_the_scale_search(kind, rows, columns):
-    from bitpress.math.grid import _squared_error, losses_by_kernel
+    from bitpress.math.grid import _squared_error
+    from bitpress.math.kernels.search import losses_of
 
     grid = Grid(per_tensor=False, scale_dtype=torch.bfloat16, **GRIDS[kind])
     weight, gram, _, _ = problem(rows, columns, grid, 3)
     G = grid.groups(columns)
     candidates = [find_qparams(weight, grid, share=share) for share in (1.05, 0.8, 0.5)]
     tried = QParams.stack([c.to(DEVICE) for c in candidates])
-    found = losses_by_kernel(weight.to(DEVICE), tried, gram.diagonal().to(DEVICE), grid)
+    found = losses_of(weight.to(DEVICE), tried, gram.diagonal().to(DEVICE), grid)
     for loss, candidate in zip(found, candidates, strict=True):
         importance = gram.diagonal().reshape(1, G, -1)
         expected = _squared_error(weight.reshape(rows, G, -1), candidate, importance, grid)

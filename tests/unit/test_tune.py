@@ -9,7 +9,8 @@ import torch
 
 from bitpress.errors import RecipeError
 from bitpress.math.gptq import gptq
-from bitpress.math.grid import Grid, Solved, dequantize, find_qparams, quantize, solved, values_of
+from bitpress.math.grid import Grid, Solved, dequantize, find_qparams, quantize, values_of
+from bitpress.math.lost import solved
 from bitpress.math.masks import Structure, holds, keep_best
 from bitpress.math.stats import InputStats
 from bitpress.math.tune import Settings, Start, ideal_weight, token_weights, tune, usual_lr

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from bitpress.formats.base import CheckpointFormat, Spec, kind_of, unknown_error
-from bitpress.math.grid import Solved, relative_error
+from bitpress.math.grid import Solved
+from bitpress.math.lost import relative_error
 from bitpress.schemes import BLOCKWISE, QuantArgs, Scheme
 
 if TYPE_CHECKING:

@@ -16,18 +16,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from bitpress.math.grid import (
-    CHUNK,
-    LARGE_CHUNK,
-    Grid,
-    QParams,
-    Solved,
-    dequantize,
-    find_qparams,
-    least,
-    quantize,
-    solved,
-)
+from bitpress.math.grid import CHUNK, LARGE_CHUNK, Grid, QParams, Solved, dequantize, find_qparams, least, quantize
+from bitpress.math.lost import solved
 from bitpress.math.products import bfloat16_products
 
 SMALLEST = 1e-4  # of a scale before normalization

@@ -19,7 +19,8 @@ from torch import Tensor
 from bitpress.errors import NumericsError
 from bitpress.math.correct import correction
 from bitpress.math.descent import descend
-from bitpress.math.grid import Grid, QParams, Solved, find_all, solved
+from bitpress.math.grid import Grid, QParams, Solved, find_all
+from bitpress.math.lost import solved
 from bitpress.math.masks import pruned
 from bitpress.math.products import product
 from bitpress.math.refit import refit_scales

@@ -23,8 +23,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bitpress.math.products import bfloat16_products, product
-
 # weights at a time, on a CPU and on a GPU; of the scale search, on a CPU, 2^17 and less were slower
 CHUNK, LARGE_CHUNK = 1 << 20, 1 << 26
 SHRINK = tuple(1.06 - 0.03 * k for k in range(22))  # candidate scales, as shares of the min-max scale
@@ -172,10 +170,9 @@ class QParams:
         return x[..., None] if self.g_idx is None else x[:, self.g_idx, None]
 
     def rows(self, lo: int, hi: int) -> QParams:
-        zero = None if self.zero_point is None else self.zero_point[lo:hi]
-        return replace(self, scale=self.scale[lo:hi], zero_point=zero)
+        return self.of(slice(lo, hi))
 
-    def of(self, index: int | Tensor) -> QParams:
+    def of(self, index: int | slice | Tensor) -> QParams:
         """Those of some rows, or of one problem where scale and zero point of several are stacked: (E, R, G)."""
         zero = None if self.zero_point is None else self.zero_point[index]
         return replace(self, scale=self.scale[index], zero_point=zero)
@@ -255,19 +252,12 @@ def find_qparams(
     if weight.device.type == "cuda":  # all candidates in one tensor: a launch each would take longer than the work
         shares = torch.tensor(grid.shares, device=weight.device)[:, None, None]
         tried = _from_range(low * shares, high * shares, grid, top)
-        return least_of(tried, losses_by_kernel(weight, tried, importance, grid), grid)
+        from bitpress.math.kernels.search import losses_of
+
+        return least_of(tried, losses_of(weight, tried, importance, grid), grid)
     candidates = [_from_range(low * share, high * share, grid, top) for share in grid.shares]
     importance = importance.reshape(1, G, C // G).float()
     return least(candidates, [_squared_error(grouped, c, importance, grid) for c in candidates], grid)
-
-
-def losses_by_kernel(weight: Tensor, tried: QParams, importance: Tensor, grid: Grid) -> Tensor:
-    """What each of the stacked candidates (K, R, G) costs, (K, R, G), by `bitpress.math.kernels.search`."""
-    from bitpress.math.kernels import search
-
-    zero = None if tried.zero_point is None else tried.zero_point.float().contiguous()
-    scale = tried.effective().contiguous()
-    return search.losses(weight.contiguous(), scale, zero, importance.float().contiguous(), grid)
 
 
 def least(candidates: Sequence[QParams], losses: Sequence[Tensor], grid: Grid) -> QParams:
@@ -388,26 +378,3 @@ def dequantize(codes: Tensor, qparams: QParams) -> Tensor:
     if qparams.zero_point is not None:
         x = x - qparams.by_column(qparams.zero_point.to(torch.float32))
     return (x * scale).to(qparams.scale.dtype).reshape(R, C)
-
-
-def relative_error(weight: Tensor, dense: Tensor, gram: Tensor | None) -> Tensor:
-    """Share of energy lost by storing `dense` for `weight` (R, C): of the output, of the weight without a Gram matrix.
-
-    tr(dW G dW^T) / tr(W G W^T), or |dW|^2 / |W|^2.
-    """
-    delta = dense.float() - weight
-    if gram is None:
-        lost, kept = delta.square().sum(), weight.square().sum()
-    elif gram.device.type == "cuda":  # one product reads the Gram matrix once
-        both = torch.cat([delta, weight])
-        lost, kept = product(both, gram).mul_(both).reshape(2, -1).sum(1)
-    else:
-        with bfloat16_products(True):  # a figure for the report: three digits are enough
-            lost, kept = (product(x, gram).mul_(x).sum() for x in (delta, weight))
-    error: Tensor = lost / kept.clamp(min=1e-30)
-    return error
-
-
-def solved(weight: Tensor, codes: Tensor, qparams: QParams, gram: Tensor | None) -> Solved:
-    """A `Solved` with its error, measured with the Gram matrix (C, C) if there is one."""
-    return Solved(codes, qparams, relative_error(weight, dequantize(codes, qparams), gram))

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from bitpress.math.grid import Grid, Solved, find_all, quantize, solved
+from bitpress.math.grid import Grid, Solved, find_all, quantize
+from bitpress.math.lost import solved
 
 
 def round_to_nearest(weight: Tensor, grid: Grid, *, observer: str = "minmax") -> Solved:

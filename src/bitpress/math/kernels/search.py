@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitpress.math.grid import Grid
+from bitpress.math.grid import Grid, QParams
 from bitpress.math.kernels.rounding import nearest, numbers_of
 
 COLUMNS, ROWS = 128, 16  # of a tile
@@ -38,6 +38,13 @@ def _loss(  # type: ignore[no-untyped-def]  # the compiler reads annotations
         error = (x - z[:, None]) * s[:, None] - w
         total += tl.sum(error * error * share[None, :], axis=1)
     tl.store(loss + at, total, mask=inside)
+
+
+def losses_of(weight: Tensor, tried: QParams, importance: Tensor, grid: Grid) -> Tensor:
+    """What each of the stacked candidates (K, R, G) costs, (K, R, G)."""
+    zero = None if tried.zero_point is None else tried.zero_point.float().contiguous()
+    scale = tried.effective().contiguous()
+    return losses(weight.contiguous(), scale, zero, importance.float().contiguous(), grid)
 
 
 def losses(weight: Tensor, scale: Tensor, zero: Tensor | None, importance: Tensor, grid: Grid) -> Tensor:
