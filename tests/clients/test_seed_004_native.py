@@ -19,6 +19,7 @@ import torch
 from bitpress import PlanError, inspect_checkpoint, oneshot
 from conftest import build, token_rows
 from helpers import logits, make_tokenizer
+from snippets import blocks
 
 ENVIRONMENTS = os.environ.get("BITPRESS_BENCH_ENVS")
 pytestmark = [pytest.mark.client, pytest.mark.skipif(not ENVIRONMENTS, reason="BITPRESS_BENCH_ENVS is not set")]
@@ -30,6 +31,16 @@ def base(tmp_path_factory):
     build("llama", torch.bfloat16, hidden_size=128, intermediate_size=256).save_pretrained(folder)
     make_tokenizer(folder)
     return folder
+
+
+WALKTHROUGH = Path(__file__).parents[2] / "docs/howto/walkthrough.md"
+
+
+def snippet(word, base):
+    """The block of the walk-through in which a word stands, with names on this machine."""
+    (text,) = [t for language, t in blocks(WALKTHROUGH) if language == "py" and word in t]
+    texts = [" ".join(f"w{(7 * i + j) % 90}" for j in range(60)) for i in range(16)]
+    return text.replace('"meta-llama/Meta-Llama-3-8B-Instruct"', repr(str(base))).replace('"c4"', repr(texts))
 
 
 def refused(folder, out):
@@ -63,6 +74,25 @@ def test_nf4(base, tmp_path):
     assert not torch.allclose(logits(again).float(), original, rtol=0.02, atol=0.02)
     assert "bitsandbytes" in str(inspect_checkpoint(tmp_path / "nf4"))
     refused(tmp_path / "nf4", tmp_path / "out")
+
+
+def test_nf4_of_the_walkthrough(base):
+    pytest.importorskip("bitsandbytes")
+    scope = {}
+    exec(snippet("BitsAndBytesConfig", base), scope)
+    assert scope["model"].config.quantization_config.bnb_4bit_quant_type == "nf4"
+    assert torch.isfinite(logits(scope["model"])).all()
+
+
+def test_gptq_of_the_walkthrough(base):
+    python = Path(ENVIRONMENTS or "") / "gptqmodel/bin/python"
+    if not python.is_file():
+        pytest.skip(f"{python}: is not there")
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"GPTQMODEL_CPU_WORKERS": "2"}
+    code = snippet("GPTQConfig", base) + "\nprint(type(model.model.layers[0].mlp.up_proj).__name__)"
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1] != "Linear"
 
 
 def test_gptq(base, tmp_path):

@@ -46,6 +46,7 @@ def place(tmp_path, monkeypatch):
         (["howto/sparse-int4.md"], [], 2),
         (["howto/stages.md"], ["staged.yaml"], 4),
         (["howto/methods.md"], [], 5),
+        (["howto/walkthrough.md"], [], 11),
     ],
     ids=lambda value: value[0] if isinstance(value, list) and value and value[0].endswith(".md") else "",
 )
@@ -55,7 +56,7 @@ def test_the_commands_of_a_page_run(place, pages, files, count, capsys):
 
 def test_no_page_is_left_out():
     run_here = {"quickstart.md", "views.md", "recipes.md", "schemes.md", "howto/w4a16.md", "howto/sparse-int4.md",
-                "howto/stages.md", "howto/methods.md"}  # fmt: skip
+                "howto/stages.md", "howto/methods.md", "howto/walkthrough.md"}  # fmt: skip
     # what these show has tests of its own: test_configs.py, test_processes.py, test_command_line.py
     elsewhere = {"configs.md", "several-gpus.md", "command-line.md"}
     menu = (DOCS.parent / "mkdocs.yml").read_text()
