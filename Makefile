@@ -22,7 +22,7 @@ contract: $(READY)
 	  at=.cache/compressed-tensors/$$v; \
 	  test -d $$at || $(BIN)/python -m pip install --quiet --no-deps --target $$at compressed-tensors==$$v || exit 1; \
 	  echo "compressed-tensors $$v"; \
-	  BITPRESS_CONTRACT=$$v PYTHONPATH=$$at $(BIN)/python -m pytest tests/contract || exit 1; \
+	  BITPRESS_CONTRACT=$$v PYTHONPATH=$$at $(BIN)/python -m pytest -n $(JOBS) tests/contract || exit 1; \
 	done
 
 check: $(READY)

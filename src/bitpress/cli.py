@@ -42,7 +42,6 @@ from bitpress.options import (
 from bitpress.progress import choose_progress
 
 app = typer.Typer(
-    help="Compress language models for vLLM and transformers.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

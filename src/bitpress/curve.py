@@ -123,11 +123,7 @@ def suggest(
     else:
         return None
     if picks is None:
-        least = sum(min(g.sizes[c] for c in storable(g)) for g in target.groups)
-        raise PlanError(
-            f"{asked}: out of reach: the least is {least / target.weights:.3f} bits per weight, "
-            f"{(rest + least / 8) / 1e6:,.1f} MB with all that is not compressed"
-        )
+        raise PlanError(f"{asked}: {_out_of_reach(target, rest)}")
     if all(c == DENSE for c in picks.values()):
         raise PlanError(f"{asked}: full precision is what meets it, so there is nothing to do; ask for less")
     counts: dict[str, int] = {}
@@ -137,9 +133,32 @@ def suggest(
     return Suggestion(asked, point_of(target, errors, picks, rest), counts, recipe.to_yaml())
 
 
+def check_reach(target: SizeTarget, rest: int, bits: float | None, size: int | str | None) -> None:
+    """PlanError if no recipe can be so small: that follows from shapes, before anything is measured."""
+    from bitpress.budget import parse_bytes
+
+    least = _least(target)
+    if bits is not None and bits * target.weights < least:
+        raise PlanError(f"at most {bits:g} bits per weight: {_out_of_reach(target, rest)}")
+    if size is not None and 8 * ((bound := parse_bytes(size) or 0) - rest) < least:
+        raise PlanError(f"at most {bound / 1e6:,.1f} MB: {_out_of_reach(target, rest)}")
+
+
+def _least(target: SizeTarget) -> int:
+    return sum(min(g.sizes[c] for c in storable(g)) for g in target.groups)
+
+
+def _out_of_reach(target: SizeTarget, rest: int) -> str:
+    least = _least(target)
+    return (
+        f"out of reach: the least is {least / target.weights:.3f} bits per weight, "
+        f"{(rest + least / 8) / 1e6:,.1f} MB with all that is not compressed"
+    )
+
+
 def _smallest(target: SizeTarget, errors: Errors, error: float) -> dict[str, str]:
     """The labels of the least size whose error is at most this; full precision has none."""
-    low = sum(min(g.sizes[c] for c in storable(g)) for g in target.groups)
+    low = _least(target)
     high = sum(g.sizes[DENSE] for g in target.groups)
     picks = {g.name: DENSE for g in target.groups}
     while high - low > target.weights / 1000:

@@ -87,6 +87,10 @@ Dense = Annotated[bool, typer.Option("--dense", help="Store dense weights beside
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model or dataset brings.")]
 TrustPickle = Annotated[bool, typer.Option("--trust-pickle", help="Read pickle weights; they can run code.")]
 Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Read back and compare what is written.")]
+ModelDtype = Annotated[
+    str | None,
+    typer.Option("--dtype", help="bfloat16, float16 or float32: what the model's weights are turned into first."),
+]
 Propagate = Annotated[
     bool | None,
     typer.Option(

@@ -85,9 +85,11 @@ def read(folder: Path) -> dict[str, Any]:
     """report.json of a run.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or the run is not finished.
     """
     file = folder / "report.json"
+    if file.is_file() and not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder}: holds no config.json, so its run is not finished: start its command again")
     try:
         report = json.loads(file.read_text(encoding="utf-8"))
         known = isinstance(report["layers"], list) and "totals" in report and "run" in report

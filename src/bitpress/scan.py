@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from bitpress import journal as journals
 from bitpress import memory
-from bitpress.curve import PRUNED, Errors, Point, Suggestion, curve, suggest, uniform, width_of
+from bitpress.curve import PRUNED, Errors, Point, Suggestion, check_reach, curve, suggest, uniform, width_of
 from bitpress.errors import ConfigError, Faults, PlanError
 from bitpress.modifiers.quantization import GPTQModifier, SchemeModifier
 from bitpress.progress import Progress, choose_progress
@@ -168,12 +168,13 @@ def _scan(
         "model": ready.subject.fingerprint(), "data": ready.data.summary["fingerprint"], "measure": measure,
         "groups": _digest(target), "seed": args.seed, "versions": versions(),
     }))  # fmt: skip
+    rest = _rest(ready)
+    check_reach(target, rest, asked[0], asked[1])
     errors = None if output is None or fresh else _held(output, identity)
     if errors is None:
         errors = _measured(args, ready, replace(target, bits=4.0), measure, identity, output, fresh)
     else:
         args.progress.note(f"{output}: measured already")
-    rest = _rest(ready)
     suggestion = suggest(target, errors, rest, *asked)
     layers = tuple(_layer(target, g, errors, measure) for g in target.groups)
     alike, best = uniform(target, errors, rest, COLUMNS), curve(target, errors, rest)

@@ -228,6 +228,8 @@ def _facts(inspection: Inspection) -> Table:
             f"{inspection.bits_per_weight:.3f} bits per weight"
         )
     table = Table.grid(padding=(0, 2))
+    table.add_column()
+    table.add_column(overflow="fold")  # a path is not cut
     for name, value in rows.items():
         if value:
             table.add_row(name, Text(value))

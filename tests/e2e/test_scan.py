@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -191,3 +192,10 @@ def test_the_command(base, tmp_path):
     done = CliRunner().invoke(app, [*words, "--json"])
     data = json.loads(done.stdout)
     assert len(data["layers"]) == 8 and data["suggestion"] is None and data["curve"]
+
+
+def test_what_is_out_of_reach_is_told_before_anything_is_measured(base, monkeypatch):
+    monkeypatch.setattr(sys.modules["bitpress.scan"], "_measured", lambda *a, **k: pytest.fail("measured"))
+    for target in ({"bits": 0.1}, {"size": "1kB"}):
+        with pytest.raises(PlanError, match="out of reach: the least is"):
+            scan(base, ROWS, **target, **OPTIONS)

@@ -253,8 +253,8 @@ def start(base, out):
 
 
 def kept(folder):
-    """Every file of a checkpoint that must be the same, by its content."""
-    names = ("report.json", "trainer_state.json", "train_results.json")
+    """Every file of a checkpoint that must be the same, by its content; those that are not say how long it took."""
+    names = ("report.json", "report.html", "trainer_state.json", "train_results.json")
     return {f.name: f.read_bytes() for f in folder.iterdir() if f.is_file() and f.name not in names}
 
 

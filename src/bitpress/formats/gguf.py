@@ -64,7 +64,7 @@ class GGUF(CheckpointFormat):
 
         found = model_faults(config, folder)
         if quantized and dtype == torch.float32:
-            found.append("its scales are float16, and this model's are float32; give dtype='bfloat16' (--dtype)")
+            found.append("its scales are float16, and this model's are float32: quantize it with --dtype bfloat16")
         return found
 
     def describe(self, scheme: Scheme, rows: int, columns: int, dtype: torch.dtype) -> Spec:

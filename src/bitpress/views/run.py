@@ -29,7 +29,7 @@ from bitpress.views.page import (
 
 Row = Mapping[str, Any]
 TOP = 12  # of a ranking, without unfolding it
-AGAIN = "To do it again: bitpress oneshot MODEL --recipe recipe.yaml --output OUT"
+AGAIN = "To do it again, with the same data and --format: bitpress oneshot MODEL --recipe recipe.yaml --output OUT"
 MOST = 5000  # rows of a table; a browser is slow with more, and report.json has them all
 
 
