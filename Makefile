@@ -6,13 +6,17 @@ JOBS   ?= 2
 READY  := $(VENV)/.ready
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test contract check docs clean
+.PHONY: demo test test-slow contract check docs clean
 
 demo: $(READY)
 	$(BIN)/bitpress demo --output runs/demo
 
 test: $(READY) contract
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m 'not slow'
+
+# runs that are killed and go on, whole processes: minutes each on an old processor
+test-slow: $(READY)
+	$(BIN)/python -m pytest -n $(JOBS) -m slow
 
 # the releases of compressed-tensors that vLLM 0.32 and 0.33 bring, each beside the environment and not in it
 CONTRACT := 0.17.0 0.19.0 0.20.0

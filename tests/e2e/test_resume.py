@@ -76,6 +76,7 @@ def kill_at(process, out, lines, delay):
     return process.returncode == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_killed_three_times_and_still_the_same_bytes(wide, tmp_path, monkeypatch, capsys):
     chance, out = random.Random(1), tmp_path / "out"
     moments = sorted(chance.sample(range(1, BLOCKS + 1), 3))  # lines of the journal: its head, then one a block
@@ -115,6 +116,7 @@ def test_killed_three_times_and_still_the_same_bytes(wide, tmp_path, monkeypatch
     assert "unfinished" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_interrupt_is_told_and_resumed(wide, tmp_path):
     out = tmp_path / "out"
     process = start(wide, out)

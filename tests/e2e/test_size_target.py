@@ -225,6 +225,7 @@ def digests(folder):
     return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in names}
 
 
+@pytest.mark.slow
 def test_killed_in_the_survey_and_in_the_solve_pass(tmp_path):
     changes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "max_position_embeddings": 512}
     folder_of(tmp_path, **changes)

@@ -181,6 +181,7 @@ def test_going_on_in_the_first_unfinished_stage(count, where, tmp_path, monkeypa
         assert_same_tensors(tensors(tmp_path / "saved"), tensors(out))
 
 
+@pytest.mark.slow
 def test_killed_in_each_stage_and_still_the_same_bytes(tmp_path):
     sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "max_position_embeddings": 512}
     make_tokenizer(save(build("llama", BF16, **sizes), tmp_path / "base"))
