@@ -196,10 +196,13 @@ def interpreter(tool: Tool) -> str:
 
 
 def commit() -> str:
-    """The commit of the working tree, with "+" if it has changes."""
+    """The commit of the working tree, with "+" if it has changes; "unknown" in a copy without its history."""
     git = ["git", "-C", str(ROOT)]
-    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-    changed = subprocess.run([*git, "status", "--porcelain", "src"], capture_output=True, text=True, check=True)
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "src"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 

@@ -1,41 +1,39 @@
-"""Matrix products of Llama-3-8B's linears on a GPU: dense bfloat16, 2:4 bfloat16 and dense int4.
+"""Products of Llama-3-8B's linears on a GPU: dense bfloat16, dense int4, 2:4 bfloat16 by both of torch's backends.
 
-python bench/sparse24.py [--batches 1 16 256] [--repeats 50]
+python bench/sparse24.py [--batches 1 16 256] [--repeats 20] [--results FILE]
 
-2:4 is torch's `to_sparse_semi_structured` (cuSPARSELt where torch has it, else CUTLASS); int4 is torch's
-`_weight_int4pack_mm`, groups of 128. Prints microseconds, medians of CUDA event times with a cold L2 cache, the ratio
-to dense bfloat16, the largest error of each relative to the largest output, and the bytes of the weights.
+int4 is torch's `_weight_int4pack_mm`, groups of 128; 2:4 is `to_sparse_semi_structured`. Products with as many copies
+of a weight as no cache holds are captured in one CUDA graph; a time is the median replay over the number of copies, so
+neither launches nor the cache count. What cannot be captured is launched one by one and marked `*`: then launches
+count. torch pads the rows of a 2:4 product to a multiple of 8; the copies that it makes for that are in the time.
+Prints Markdown; each cell goes to --results (default: stderr) as a JSON line when it is measured, and a product that
+torch refuses says why.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
 
 SHAPES = {"q, o": (4096, 4096), "k, v": (1024, 4096), "gate, up": (14336, 4096), "down": (4096, 14336)}
+KINDS = ("dense bf16", "int4", "2:4 CUTLASS", "2:4 cuSPARSELt")
 GROUP = 128
+COLD = 256 << 20  # bytes of weights in a graph: five times the L2 cache of an H100
 
+REFUSALS = (RuntimeError, NotImplementedError, ValueError, AttributeError, AssertionError)  # what torch says no with
 
-def microseconds(product: Callable[[], Tensor], repeats: int, flush: Tensor) -> float:
-    """Median time of a product whose weights are not in the cache."""
-    for _ in range(3):
-        product()
-    times = []
-    for _ in range(repeats):
-        flush.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        product()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(1000 * start.elapsed_time(end))
-    return statistics.median(times)
+Product = Callable[[Tensor], Tensor]
 
 
 def two_of_four(weight: Tensor) -> Tensor:
@@ -58,45 +56,137 @@ def int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return packed, scales, dense
 
 
-def size(weight: Tensor) -> int:
-    """Bytes of a weight, those of its mask too."""
-    if isinstance(weight, SparseSemiStructuredTensor):
-        return sum(t.nbytes for t in (weight.packed, weight.meta) if t is not None)
-    return weight.nbytes
+def prepared(kind: str, weight: Tensor) -> tuple[list[Product], Tensor, int]:
+    """Products with copies of the weight in that form, the weight that they mean, and the bytes of one copy."""
+    if kind == "int4":
+        packed, scales, meant = int4(weight)
+        size = packed.nbytes + scales.nbytes
+        pairs = [(packed.clone(), scales.clone()) for _ in range(copies(size))]
+        return [partial(_int4_product, packed=p, scales=s) for p, s in pairs], meant, size
+    if kind == "dense bf16":
+        return [partial(F.linear, weight=weight.clone()) for _ in range(copies(weight.nbytes))], weight, weight.nbytes
+    SparseSemiStructuredTensor._FORCE_CUTLASS = kind.endswith("CUTLASS")
+    masked = two_of_four(weight)
+    first: Any = to_sparse_semi_structured(masked)
+    size = sum(t.nbytes for t in (first.packed, first.meta) if t is not None)
+    sparse = [first, *(to_sparse_semi_structured(masked) for _ in range(copies(size) - 1))]
+    return [partial(F.linear, weight=s) for s in sparse], masked, size
+
+
+def _int4_product(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
+    return torch._weight_int4pack_mm(x, packed, GROUP, scales)
+
+
+def copies(size: int) -> int:
+    """How many weights of that many bytes no cache holds."""
+    return max(2, -(-COLD // size))
+
+
+def microseconds(products: Sequence[Product], x: Tensor, repeats: int) -> tuple[float, str]:
+    """Median time of one product, weights not in the cache; and why launches are in it, if they are."""
+
+    def all_of_them() -> None:
+        for product in products:
+            product(x)
+
+    for _ in range(3):
+        all_of_them()
+    torch.cuda.synchronize()
+    graph, why = torch.cuda.CUDAGraph(), ""
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="relaxed"):
+            all_of_them()
+        again: Callable[[], None] = graph.replay
+        again()
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        again, why = all_of_them, brief(error)
+        again()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        again()
+        end.record()
+        end.synchronize()
+        times.append(1000 * start.elapsed_time(end) / len(products))
+    return statistics.median(times), why
+
+
+def brief(error: BaseException) -> str:
+    """The first line of an error, for a cell of a table."""
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return first.replace("|", "/")[:90]
+
+
+@torch.no_grad()
+def measure(kind: str, name: str, batches: Sequence[int], repeats: int) -> list[dict[str, Any]]:
+    """The lines of a kind of product with one weight, at every batch."""
+    rows, columns = SHAPES[name]
+    line: dict[str, Any] = {"kind": kind, "linear": name, "rows": rows, "columns": columns}
+    torch.manual_seed(0)
+    try:
+        products, meant, size = prepared(kind, torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16))
+    except REFUSALS as error:
+        return [{**line, "batch": batch, "refused": brief(error)} for batch in batches]
+    lines = []
+    for batch in batches:
+        try:
+            x = torch.randn(batch, columns, device="cuda", dtype=torch.bfloat16)
+            exact = x.float() @ meant.float().T
+            error = float((products[0](x).float() - exact).abs().max() / exact.abs().max())
+            us, launched = microseconds(products, x, repeats)
+            found = {"us": round(us, 2), "launched": launched, "error": error, "megabytes": round(size / 1e6, 2)}
+        except REFUSALS as refusal:
+            found = {"refused": brief(refusal)}
+        lines.append({**line, "batch": batch, **found})
+    return lines
+
+
+def table(lines: Sequence[dict[str, Any]]) -> str:
+    """Markdown: microseconds, with how many times faster than dense bfloat16; then sizes and errors."""
+    by = {(line["linear"], line["batch"], line["kind"]): line for line in lines}
+    out = ["| linear | batch | " + " | ".join(f"{kind}, us" for kind in KINDS) + " |", "|---" * (2 + len(KINDS)) + "|"]
+    for name, batch in dict.fromkeys((line["linear"], line["batch"]) for line in lines):
+        dense = by[name, batch, KINDS[0]].get("us")
+        cells = []
+        for kind in KINDS:
+            one = by[name, batch, kind]
+            if "us" not in one:
+                cells.append(f"refused: {one['refused']}")
+                continue
+            faster = f" ({dense / one['us']:.2f}x)" if dense and kind != KINDS[0] else ""
+            cells.append(f"{one['us']:.1f}{'*' if one['launched'] else ''}{faster}")
+        rows, columns = SHAPES[name]
+        out.append(f"| {name} ({rows} x {columns}) | {batch} | " + " | ".join(cells) + " |")
+    out += ["", "| form | MB, " + ", ".join(SHAPES) + " | largest error, of the largest output |", "|---|---|---|"]
+    for kind in KINDS:
+        mine = [line for line in lines if line["kind"] == kind and "us" in line]
+        sizes = {line["linear"]: f"{line['megabytes']:.1f}" for line in mine}
+        worst = f"{max(line['error'] for line in mine):.1e}" if mine else ""
+        out.append(f"| {kind} | {', '.join(sizes.get(name, '-') for name in SHAPES)} | {worst} |")
+    launched = dict.fromkeys(line["launched"] for line in lines if line.get("launched"))
+    return "\n".join([*out, *(["", "* with launches: " + "; ".join(launched)] if launched else [])])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 16, 256])
-    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--results", type=Path)
     args = parser.parse_args()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n")
-    print("| linear | batch | dense bf16, us | 2:4 bf16, us | ratio | int4, us | ratio | errors | MB |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    flush = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
-    torch.manual_seed(0)
-    for name, (rows, columns) in SHAPES.items():
-        weight = torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16)
-        masked = two_of_four(weight)
-        sparse = to_sparse_semi_structured(masked)
-        packed, scales, rounded = int4(weight)
-        for batch in args.batches:
-            x = torch.randn(batch, columns, device="cuda", dtype=torch.bfloat16)
-            products: dict[str, tuple[Callable[[], Tensor], Tensor]] = {
-                "dense": (partial(torch.nn.functional.linear, x, weight), weight),
-                "2:4": (partial(torch.nn.functional.linear, x, sparse), masked),
-                "int4": (partial(torch._weight_int4pack_mm, x, packed, GROUP, scales), rounded),
-            }
-            times, errors = {}, []
-            for kind, (product, meant) in products.items():
-                exact = x.float() @ meant.float().T
-                errors.append(float((product().float() - exact).abs().max() / exact.abs().max()))
-                times[kind] = microseconds(product, args.repeats, flush)
-            dense = times["dense"]
-            ratios = " | ".join(f"{times[k]:.1f} | {dense / times[k]:.2f}" for k in ("2:4", "int4"))
-            megabytes = " / ".join(f"{b / 1e6:.1f}" for b in (size(weight), size(sparse), size(packed) + size(scales)))
-            worst = ", ".join(f"{e:.1e}" for e in errors)
-            print(f"| {name} ({rows} x {columns}) | {batch} | {dense:.1f} | {ratios} | {worst} | {megabytes} |")
+    lines = []
+    for kind in KINDS:
+        for name in SHAPES:
+            for line in measure(kind, name, args.batches, args.repeats):
+                text = json.dumps(line)
+                lines.append(line)
+                if args.results is None:
+                    print(text, file=sys.stderr, flush=True)
+                else:
+                    with args.results.open("a") as file:
+                        file.write(text + "\n")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, microseconds a product\n\n{table(lines)}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import torch
 import torch.multiprocessing as mp
 from torch import nn
 
+import bitpress.training.masks as masks_of
 from bitpress.errors import NumericsError, PlanError
 from bitpress.training.masks import Masks, Part
 
@@ -178,3 +179,25 @@ def test_two_processes():
         assert not torch.equal(weight, sparse_model()[0].weight)
         assert int((weight.view(-1, 4)[:, :2] != 0).sum()) == 0
     torch.testing.assert_close(*(torch.tensor(w) for w in weights.values()))
+
+
+@pytest.mark.parametrize("small", [masks_of.SMALL, 0])
+def test_gradients_are_cut_together(small, monkeypatch):
+    """At the end of a backward pass, by bits or one by one; also after one that failed, and beside frozen weights."""
+    monkeypatch.setattr(masks_of, "SMALL", small)
+    model = sparse_model()
+    model[2].weight.requires_grad_(False)
+    masks = Masks(model, PARTS)
+    masks.attach(model, torch.optim.AdamW(model.parameters()))
+    x = torch.randn(5, 8).requires_grad_()
+    failing = x.register_hook(lambda gradient: 1 / 0)  # after the weights' gradients
+    with pytest.raises(ZeroDivisionError):
+        model(x).sum().backward()
+    failing.remove()
+    for _ in range(2):
+        model(x).sum().backward()
+        grad = model[0].weight.grad.view(-1, 4)
+        assert not (grad[:, :2] != 0).any() and (grad[:, 2:] != 0).any()
+    model(torch.full((5, 8), float("nan"))).sum().backward()
+    grad = model[0].weight.grad.view(-1, 4)
+    assert not (grad[:, :2] != 0).any() and grad[:, 2:].isnan().any()

@@ -1,15 +1,18 @@
 """Zeros that stay zero while a model is trained: weights, gradients and moments, sharded or not.
 
-A gradient is cut before it is added to what is accumulated, so clipping and the optimizer never see it; moments then
-stay zero by themselves, and weight decay has nothing to shrink. After each step the weights are cut too, unless the
-optimizer is known to leave alone what has neither gradient nor moments. One byte a weight is held.
+A gradient is cut in its backward pass, so clipping and the optimizer never see it; moments then stay zero by
+themselves, and weight decay has nothing to shrink. After each step the weights are cut too, unless the optimizer is
+known to leave alone what has neither gradient nor moments. One byte a weight is held, and of small matrices one more
+number in the gradient's width.
 
 | wrapped by                 | how gradients are cut                                                  |
 |----------------------------|------------------------------------------------------------------------|
-| nothing                    | in place, when they have been added up                                 |
-| DDP, ZeRO-1 and 2          | before they are, since what sends them waits there too                 |
+| nothing                    | in place, all together, at the end of the backward pass                |
+| DDP, ZeRO-1 and 2          | before they are added up, since what sends them waits there too        |
 | FSDP2 (`fully_shard`)      | in place on the shard, after they are reduced                          |
 | FSDP1, ZeRO-3              | refused: their shards have no shape                                    |
+
+An optimizer that is not known may take gradients as they arrive, so there they are cut as with DDP.
 """
 
 from __future__ import annotations
@@ -26,6 +29,10 @@ from bitpress.errors import NumericsError, PlanError
 from bitpress.experts import LEAVES
 from bitpress.math.masks import Structure, find_structure, holds, pruned
 from bitpress.sites import Site
+
+# numbers of a matrix for which a launch of its own costs a GPU more than reading a wider mask
+SMALL = 1 << 21
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 # what wrappers put into the names of parameters
 WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.", "_fsdp_wrapped_module.")
@@ -109,6 +116,9 @@ class Masks:
     moves_zeros: bool = True
     handles: list[Any] = field(default_factory=list)
     held: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)  # of the wrapped model, while it is attached
+    cuts: dict[Tensor, Tensor] = field(default_factory=dict)  # by parameter: true where it is cut, or the integer 0
+    arrived: list[Tensor] = field(default_factory=list)  # with gradients that are still to be cut
+    backward: int = -1  # the backward pass that will cut them
 
     def __post_init__(self) -> None:
         parameters = dict(self.model.named_parameters())
@@ -144,10 +154,12 @@ class Masks:
         inner = getattr(optimizer, "optimizer", optimizer)
         self.moves_zeros = type(inner) not in ELEMENTWISE
         states = getattr(inner, "state", {})
+        self.backward = -1
         for name, parameter in self._parameters().items():
             mask = self.pruned[name] = _like(self.pruned[name], parameter, name)
             self.held.append((parameter, mask))
-            self.handles.append(_cut(parameter, mask))
+            if parameter.requires_grad:
+                self.handles.append(self._hook(parameter, mask))
             with torch.no_grad():
                 _local(parameter).masked_fill_(mask, 0)
                 moments = states.get(parameter, {}) if isinstance(states, Mapping) else {}
@@ -169,6 +181,48 @@ class Masks:
             handle.remove()
         self.handles.clear()
         self.held.clear()
+        self.cuts.clear()
+        self.arrived.clear()
+
+    def _hook(self, parameter: Any, mask: Tensor) -> Any:
+        """Set gradients to zero where they are masked; not a number times zero would not do."""
+        if hasattr(parameter, "to_local"):
+
+            def in_place(p: Tensor) -> None:
+                if p.grad is not None:
+                    _local(p.grad).masked_fill_(mask, 0)
+
+            return parameter.register_post_accumulate_grad_hook(in_place)
+        if ranks.started() > 1 or self.moves_zeros:
+            return parameter.register_hook(lambda gradient: gradient.masked_fill(mask, 0))
+        small = parameter.numel() <= SMALL and parameter.itemsize in INTEGERS
+        self.cuts[parameter] = (~mask).to(INTEGERS[parameter.itemsize]) if small else mask
+        return parameter.register_post_accumulate_grad_hook(self._arrives)
+
+    def _arrives(self, parameter: Tensor) -> None:
+        """A gradient has been added up; at the end of its backward pass it is cut."""
+        self.arrived.append(parameter)
+        number = torch._C._current_graph_task_id()
+        if number != self.backward:  # by number: a pass that failed halfway never comes to its end
+            self.backward = number
+            torch.autograd.Variable._execution_engine.queue_callback(self._cut_arrived)
+
+    @torch.no_grad()
+    def _cut_arrived(self) -> None:
+        """Cut the gradients that have arrived, those of small matrices in few launches: their bits times 1 or 0."""
+        bits, kept = [], []
+        for parameter in self.arrived:
+            gradient, mask = parameter.grad, self.cuts[parameter]
+            if gradient is None:
+                continue
+            if mask.dtype == torch.bool:
+                gradient.masked_fill_(mask, 0)
+            else:
+                bits.append(gradient.view(mask.dtype))
+                kept.append(mask)
+        self.arrived.clear()
+        if bits:
+            torch._foreach_mul_(bits, kept)
 
     def whole(self, name: str) -> Tensor:
         """A parameter that has zeros, put together from its shards; all processes take part."""
@@ -234,15 +288,3 @@ def _like(mask: Tensor, parameter: nn.Parameter, name: str) -> Tensor:
             "fsdp_version 2, DDP or ZeRO-2"
         )
     return mask.to(parameter.device)
-
-
-def _cut(parameter: nn.Parameter, mask: Tensor) -> Any:
-    """Set gradients to zero as they arrive; not a number times zero would not do."""
-    if hasattr(parameter, "to_local") or ranks.started() == 1:
-
-        def in_place(p: Tensor) -> None:
-            if p.grad is not None:
-                _local(p.grad).masked_fill_(mask, 0)
-
-        return parameter.register_post_accumulate_grad_hook(in_place)  # type: ignore[no-untyped-call]
-    return parameter.register_hook(lambda gradient: gradient.masked_fill(mask, 0))  # type: ignore[no-untyped-call]
