@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bitpress.errors import ConfigError, DataError
+from bitpress.errors import CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:
     from bitpress.data import CalibrationData
@@ -112,7 +112,10 @@ def teacher_of(args: Arguments, subject: Subject | None) -> dict[str, Any] | Non
         raise ConfigError(
             "distill_teacher: is the model that is trained, which would teach itself; give another object"
         )
-    folder = locate(given, trust_pickle=args.trust_pickle) if there else None
+    try:
+        folder = locate(given, trust_pickle=args.trust_pickle) if there else None
+    except CheckpointError as error:
+        raise ConfigError([f"distill_teacher: {problem}" for problem in error.problems]) from None
     config = given.config if folder is None else read_config(folder, trust_remote_code=args.trust_remote_code_model)
     if subject is not None:
         mine, other = subject.config.get_text_config(), config.get_text_config()

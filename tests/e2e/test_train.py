@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from bitpress import ConfigError, DataError, PlanError, RecipeError, apply, oneshot, train
+from bitpress import ConfigError, DataError, NumericsError, PlanError, RecipeError, apply, oneshot, train
 from bitpress.math.masks import Structure, holds
 from bitpress.recipe import Recipe
 from conftest import build, save, token_rows
@@ -176,6 +176,13 @@ FAULTS = {
         "learning_rte: unknown argument. Did you mean 'learning_rate'?"]),
     "not a number": ({"learning_rate": "fast", "num_train_epochs": -1}, ConfigError, [
         "learning_rate: expected a number, got 'fast'", "num_train_epochs: must be more than 0, got -1"]),
+    "no numbers": ({"learning_rate": float("nan"), "max_steps": 0}, ConfigError, [
+        "learning_rate: expected a number, got nan", "max_steps: must be at least 1 (or -1"]),
+    "callback": ({"callbacks": ["x"], "report_to": "paper"}, ConfigError, [
+        "callbacks: expected a TrainerCallback of transformers, got 'x'", "report_to: paper is not supported"]),
+    "smoothing": ({"label_smoothing_factor": 0.1, "distill_teacher": "none/there"}, ConfigError, [
+        "label_smoothing_factor: has no effect on what a teacher teaches"]),
+    "no teacher": ({"distill_teacher": "./nowhere"}, ConfigError, ["distill_teacher: ./nowhere: no such model folder"]),
     "scheduler": ({"lr_scheduler_type": "cosin"}, ConfigError, ["training arguments: cosin is not a valid"]),
     "warmup": ({"warmup_ratio": 2}, ConfigError, ["warmup_ratio: must be a share from 0 to 1"]),
     "pickles": ({"save_safetensors": False}, ConfigError, ["save_safetensors: only safetensors are written"]),
@@ -204,6 +211,15 @@ def test_faults(name, pruned, tmp_path):
     for word in words:
         assert word in str(caught.value)
     assert name == "dense" or not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_no_numbers_are_not_saved(pruned, tmp_path):
+    for recipe, name, words in ((None, "a", "training diverged"), (KEEP, "b", "has NaN or infinity after training")):
+        steps = {"a": 1, "b": 1000}[name]  # between two looks at the gradients
+        with pytest.raises(NumericsError, match=words):
+            train(pruned / "pruned", conversations(40), recipe, output_dir=tmp_path / name, logging_steps=steps,
+                  **(FAST | {"learning_rate": 1e30}))  # fmt: skip
+        assert not (tmp_path / name / "config.json").exists()
 
 
 def test_faults_of_all_stages_come_together(pruned, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,17 +82,32 @@ class Training:
             faults.append(f"distill_hidden: must be 0 or a positive weight, got {self.distill_hidden!r}")
         if self.distill_teacher is None and (self.distill_temperature != 1.0 or self.distill_hidden):
             faults.append("distill_teacher: missing; give the model that the others of distill_* go with")
+        if self.distill_teacher is not None and self.options.get("label_smoothing_factor"):
+            faults.append("label_smoothing_factor: has no effect on what a teacher teaches; drop it")
         rows = self.max_train_samples
         if rows is not None and (not isinstance(rows, int) or isinstance(rows, bool) or rows < 1):
             faults.append(f"max_train_samples: must be at least 1, got {rows!r}")
         if not isinstance(self.mask_prompts, bool):
             faults.append(f"mask_prompts: expected True or False, got {self.mask_prompts!r}")
+        faults += self._callback_faults()
         try:
-            self.arguments(Path("unused"), cpu=cpu)
+            arguments = self.arguments(Path("unused"), cpu=cpu)
         except ConfigError as error:
             faults += error.problems
+        else:
+            faults += _reporting_faults(arguments.report_to)
         if faults:
             raise ConfigError(faults)
+
+    def _callback_faults(self) -> list[str]:
+        from transformers import TrainerCallback
+
+        kinds = [one if isinstance(one, type) else type(one) for one in self.callbacks]
+        return [
+            f"callbacks: expected a TrainerCallback of transformers, got {one!r}"
+            for one, kind in zip(self.callbacks, kinds, strict=True)
+            if not issubclass(kind, TrainerCallback)
+        ]
 
     @property
     def wants_evaluation(self) -> bool:
@@ -137,6 +153,20 @@ class Training:
             "distill_teacher": name,
             **({key: getattr(self, key) for key in distill} if teacher is not None else {}),
         }
+
+
+def _reporting_faults(services: Any) -> list[str]:
+    """Services to report to that cannot be reached: their packages are missing."""
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    faults = []
+    for service in [services] if isinstance(services, str) else services:
+        try:
+            for kind in get_reporting_integration_callbacks([service]):
+                kind()
+        except (ValueError, RuntimeError, ImportError) as error:
+            faults.append(f"report_to: {str(error).strip().splitlines()[0]}")
+    return faults
 
 
 OWN = (
@@ -235,8 +265,10 @@ def _checked(name: str, value: Any, kind: Any) -> tuple[Any, str]:
             return value, f"{name}: expected a number, got {value!r}"
     if kind is bool:
         return value, "" if isinstance(value, bool) else f"{name}: expected True or False, got {value!r}"
-    if not _number(value):
+    if not _number(value) or not math.isfinite(value):
         return value, f"{name}: expected a number, got {value!r}"
+    if name == "max_steps" and value < 1 and value != -1:
+        return value, f"max_steps: must be at least 1 (or -1, for num_train_epochs), got {value!r}"
     if kind is int and value != int(value):
         return value, f"{name}: expected a whole number, got {value!r}"
     value = int(value) if kind is int else value

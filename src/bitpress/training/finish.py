@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bitpress import ranks
 from bitpress.checkpoint import write_json
-from bitpress.errors import CheckpointError, ConfigError
+from bitpress.errors import CheckpointError, ConfigError, NumericsError
 from bitpress.experts import unfuse
 from bitpress.journal import Journal
 from bitpress.math.grid import Solved
@@ -39,6 +39,16 @@ def convert(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
     for name, parameter in model.named_parameters():
         if name in dtypes:
             parameter.data = parameter.data.to(dtypes[name])
+
+
+def check_finite(model: nn.Module) -> None:
+    """NumericsError if training has made weights that are no numbers."""
+    lost = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    if lost:
+        more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
+        raise NumericsError(
+            f"{lost[0]}{more}: has NaN or infinity after training; lower learning_rate, or warm up (warmup_ratio)"
+        )
 
 
 def is_sharded(trainer: StageTrainer) -> bool:

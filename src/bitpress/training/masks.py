@@ -262,7 +262,9 @@ class Masks:
             shares[part.name] = float((weight == 0).float().mean())
             # of a shard only this process's part is known: there the pattern and the number of zeros are compared
             back = mask.shape == whole.shape and bool((weight[part.of(mask).to(weight.device)] != 0).any())
-            if pattern is not None and not holds(weight, pattern):
+            if not weight.isfinite().all():
+                faults.append(f"{part.name}: has NaN or infinity after training; lower the learning rate, or warm up")
+            elif pattern is not None and not holds(weight, pattern):
                 faults.append(f"{part.name}: is not {pattern} any more after training")
             elif back or shares[part.name] < share:
                 faults.append(f"{part.name}: weights that were zero ({share:.2%}) are not any more after training")

@@ -113,6 +113,7 @@ def _train_in(
     if finish.is_sharded(trainer):
         model, roundings = finish.gathered(trainer, args, subject, plan, dtypes, wide)
     if ranks.first():
+        finish.check_finite(model)
         quantized = roundings.solve()
         roundings.remove(quantized)
         finish.convert(model, dtypes)

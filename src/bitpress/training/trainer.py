@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from bitpress.data.training import NO_LABEL
+from bitpress.errors import NumericsError
 from bitpress.math.distill import hidden_loss, token_loss
 from bitpress.progress import Progress
 from bitpress.training.arguments import Training
@@ -76,7 +77,16 @@ class StageTrainer(Trainer):  # type: ignore[misc]
             self._seen = training
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds perplexity, and with a teacher cross entropy and KL, in nats per label."""
+        """Adds perplexity, and with a teacher cross entropy and KL, in nats per label.
+
+        Raises:
+            NumericsError: gradients are not numbers, and so no weight is one any more.
+        """
+        if math.isnan(float(logs.get("grad_norm", 0.0))) and not self.args.fp16:  # whose scaler skips such steps
+            raise NumericsError(
+                f"training diverged: gradients are not numbers any more, seen after step {self.state.global_step}; "
+                "lower learning_rate, warm up (warmup_ratio), or take precision='float32'"
+            )
         for prefix in ("", "eval_"):
             if f"{prefix}loss" not in logs:
                 continue
