@@ -94,6 +94,14 @@ def format_faults(
     return faults + brief(odd)
 
 
+def format_unused(plan: Plan) -> list[str]:
+    """Whether a run's last stage has nothing that its format, one of quantized weights alone, could hold."""
+    form = formats.CHECKPOINTS[plan.stored]
+    if plan.quantized or form.sparse or form.one_file or form.method in (None, formats.DEFAULT):
+        return []
+    return [f"format: {plan.stored} is of quantized weights, and nothing is quantized: add a quantizer, or drop it"]
+
+
 def in_format(plan: Plan, name: str) -> Plan:
     """The plan of the same linears in another format.
 

@@ -226,8 +226,9 @@ class Output:
         if subject.tied:
             config["tie_word_embeddings"] = True
         config.pop("quantization_config", None)
-        sparse = formats.CHECKPOINTS[plan.stored].sparse
-        sites = plan.quantized if not sparse else [*plan.inherited, *(s for s in plan.sites if s.group or s.packed_24)]
+        sites = plan.quantized
+        if self.compressed:  # linears that are stored by their mask alone are described too
+            sites = (*plan.inherited, *(s for s in (*plan.sites, *plan.masked) if s.group or s.packed_24))
         described = sites, plan.ignored, plan.cache_scheme
         if self.compressed:
             settings = formats.CHECKPOINTS[plan.stored].settings(*described)

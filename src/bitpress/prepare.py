@@ -182,6 +182,7 @@ def make_plans(
     """The plan of every stage, each knowing what the earlier ones have quantized; PlanError with all faults."""
     from bitpress import plan, trainplan
     from bitpress.budget import space_fault
+    from bitpress.formatplan import format_unused
 
     several = len(recipe.stages) > 1
     plans: list[Plan] = []
@@ -213,6 +214,8 @@ def make_plans(
             faults.append(f"{stage.name}: bits: later stages go on from its schemes; give it in the last stage")
         plans.append(made)
         inherited += [s for s in made.sites if s.group is not None]
+    if len(plans) == len(recipe.stages):
+        faults += format_unused(plans[-1])
     if several and plans and output is not None:
         # a stage's input lies beside its output; of `apply` all stay
         sizes = [p.output_bytes for p in plans]

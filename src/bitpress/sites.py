@@ -277,6 +277,14 @@ def dense_site(subject: Subject, name: str, module: nn.Linear) -> Site:
     )  # fmt: skip
 
 
+def stored_by_mask(site: Site, stored: str) -> Site:
+    """A linear that is 2:4 already, to be stored by its mask."""
+    from bitpress.modifiers.pruning import MagnitudePruningModifier
+
+    modifier = MagnitudePruningModifier(mask_structure="2:4")
+    return replace(site, stored=stored, steps=(Step(modifier, modifier.claims()[0], 0.5),))
+
+
 def _sparsity(modifier: LinearModifier, claim: Claim, block: int | None, blocks: int) -> float | None:
     return modifier.sparsity_at(claim, block, blocks) if isinstance(modifier, PruningModifier) else None
 

@@ -25,7 +25,7 @@ from bitpress.modifiers.base import names
 from bitpress.modifiers.pruning import ConstantPruningModifier
 from bitpress.modifiers.quantization import QuantizationModifier
 from bitpress.plan import Plan, quantized_before
-from bitpress.sites import Site, brief, dense_site, disk_module, find_sites, label, linears_of, misfits
+from bitpress.sites import Site, brief, dense_site, disk_module, find_sites, label, linears_of, misfits, stored_by_mask
 from bitpress.subject import Subject
 from bitpress.targets import LinearName, resolve
 from bitpress.training.arguments import PRECISIONS
@@ -95,7 +95,11 @@ def make(
         faults += quantized_before({s.module for s in sites}, inherited)
     if faults:
         raise PlanError(faults)
-    shards = specs_of_shards(subject, sites, [], compressed)
+    if compressed and formats.CHECKPOINTS[stored].sparse:
+        rounded = {s.name for s in sites}
+        masked = [s if s.name in rounded else stored_by_mask(s, stored) for s in masked]
+    by_mask = [s for s in masked if s.packed_24]
+    shards = specs_of_shards(subject, [*sites, *by_mask], [], compressed)
     output_bytes = sum(file_size(s) for s in shards if s)
     if output is not None and (fault := space_fault(output, output_bytes)):
         raise PlanError(fault)

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from bitpress import ConfigError, DataError, NumericsError, PlanError, RecipeError, apply, oneshot, train
 from bitpress.math.masks import Structure, holds
 from bitpress.recipe import Recipe
+from bitpress.transformers import SparseAutoModelForCausalLM
 from conftest import build, save, token_rows
 from helpers import assert_same_tensors, conversations, logits, make_tokenizer, tensors
 
@@ -220,6 +221,23 @@ def test_weights_that_are_no_numbers_are_not_saved(pruned, tmp_path):
             train(pruned / "pruned", conversations(40), recipe, output_dir=tmp_path / name, logging_steps=steps,
                   **(FAST | {"learning_rate": 1e30}))  # fmt: skip
         assert not (tmp_path / name / "config.json").exists()
+
+
+@pytest.mark.parametrize("last", ["finetuning_stage", "quantization_stage"])
+def test_stored_by_the_mask(last, pruned, tmp_path):
+    """Stages that end in 2:4 storage: trained weights, and codes."""
+    recipe = {name: STAGES[name] for name in list(STAGES)[: list(STAGES).index(last) + 1]}
+    options = FAST | {"num_calibration_samples": 8}
+    for form, name in (("sparse-24", "small"), ("compressed-tensors", "plain")):
+        apply(pruned / "base", conversations(40), recipe, output_dir=tmp_path / name, format=form, **options)
+    found = tensors(tmp_path / "small")
+    assert "model.layers.0.mlp.up_proj.positions" in found and "model.layers.0.mlp.up_proj.weight" not in found
+    small, plain = (SparseAutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("small", "plain"))
+    assert torch.equal(logits(small), logits(plain))
+    with pytest.raises(PlanError, match="no linear is known to be pruned 2:4, so sparse-24 cannot hold them"):
+        train(pruned / "pruned", conversations(8), None, output_dir=tmp_path / "x", format="sparse-24", **FAST)
+    with pytest.raises(PlanError, match="format: gptq is of quantized weights, and nothing is quantized"):
+        train(pruned / "pruned", conversations(8), KEEP, output_dir=tmp_path / "y", format="gptq", **FAST)
 
 
 def test_faults_of_all_stages_come_together(pruned, tmp_path):

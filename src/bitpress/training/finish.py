@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from bitpress import ranks
+from bitpress import formats, ranks
 from bitpress.checkpoint import write_json
-from bitpress.errors import CheckpointError, ConfigError, NumericsError
+from bitpress.errors import CheckpointError, ConfigError, NumericsError, PlanError
 from bitpress.experts import unfuse
+from bitpress.formats.sparse24 import TWO_OF_FOUR
 from bitpress.journal import Journal
 from bitpress.math.grid import Solved
-from bitpress.math.masks import name_of
+from bitpress.math.masks import holds, name_of
 from bitpress.modifiers.quantization import QuantizationModifier
 from bitpress.output import Output
 from bitpress.report import LayerReport
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from bitpress.plan import Plan
     from bitpress.prepare import Prepared
     from bitpress.stages import Done
+    from bitpress.training.masks import Masks
     from bitpress.training.rounding import Roundings
     from bitpress.training.trainer import StageTrainer
 
@@ -48,6 +50,29 @@ def check_finite(model: nn.Module) -> None:
         more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
         raise NumericsError(
             f"{lost[0]}{more}: has NaN or infinity after training; lower learning_rate, or warm up (warmup_ratio)"
+        )
+
+
+def packs(args: Arguments, ready: Prepared, i: int) -> bool:
+    """Whether stage `i` writes what the run's format says; else dense weights, for the next one."""
+    return args.save_compressed and i == len(ready.plans) - 1
+
+
+def check_format(model: nn.Module, plan: Plan, masks: Masks | None) -> None:
+    """PlanError, before anything is trained, if weights are to be stored by their 2:4 masks and have none."""
+    if not formats.CHECKPOINTS[plan.stored].sparse:
+        return
+    weights = dict(model.named_parameters())
+    found = {site.name: weights[site.key].detach() for site in plan.sites}
+    if masks is not None:
+        parts = [p for p in masks.parts if p.name not in {*found, *masks.dense}]
+        found |= {p.name: (~p.of(masks.pruned[p.parameter])).float() for p in parts}
+    odd = [name for name, weight in found.items() if not holds(weight, TWO_OF_FOUR)]
+    if odd or not found:
+        what = f"{odd[0]} and {len(odd) - 1} more: not 2:4" if odd else "no linear is known to be pruned 2:4"
+        raise PlanError(
+            f"{what}, so {plan.stored} cannot hold them: prune to 2:4 first (ConstantPruningModifier keeps it), or use "
+            "another format"
         )
 
 
@@ -163,7 +188,8 @@ def write(
     """The checkpoint, with what Trainer leaves beside one."""
     plan, last = ready.plans[i], i == len(ready.plans) - 1
     total = len(target.blocks) + 1
-    output = Output(place, log, total, compressed=args.save_compressed and last, verify=args.verify)
+    output = Output(place, log, total, compressed=packs(args, ready, i), verify=args.verify)
+    plan = replace(plan, masked=tuple(site for site, _ in solved if site in plan.masked))  # those that had zeros
     for shard in range(total):
         keys = target.keys(None if shard == total - 1 else target.blocks.prefix(shard))
         here = [(site, z) for site, z in solved if site.key in set(keys)]

@@ -94,6 +94,8 @@ def _train_in(
     elif wide != torch.float32:
         args.progress.note(f"training in {wide}: small updates are lost in it; precision='float32' takes more memory")
     masks = Masks(model, parts_of(plan.masked, model)) if plan.masked else None
+    if place is not None and finish.packs(args, ready, i):
+        finish.check_format(model, plan, masks)
     roundings = Roundings(model, plan.sites)
     for note in _zero_notes(model, masks):
         args.progress.note(note)
