@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 from bitpress.errors import ConfigError
 from bitpress.modifiers.base import plain
@@ -34,9 +34,12 @@ else:
 
 
 class Settings(BaseModel):
-    """What stands under `bitpress` in Axolotl's YAML."""
+    """What stands under `bitpress` in Axolotl's YAML; another key is an error."""
+
+    model_config = ConfigDict(extra="forbid")
 
     recipe: Any
+    save_compressed: bool = False
 
 
 class BitpressArgs(BaseModel):
@@ -60,6 +63,11 @@ class BitpressPlugin(_Base):
             RecipeError: it cannot be read.
         """
         constant_pruning(recipe_of(cfg))
+        if _get(_get(cfg, "bitpress"), "save_compressed"):
+            raise ConfigError(
+                "bitpress.save_compressed: Axolotl writes plain weights; drop it, and pack what it has written: "
+                "bitpress convert OUT PACKED --format sparse-24, or quantize it with bitpress oneshot"
+            )
         if adapter := _get(cfg, "adapter"):
             raise ConfigError(
                 f"adapter: {adapter}: adapters would fill the zeros when they are merged; leave adapter out"

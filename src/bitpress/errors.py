@@ -87,7 +87,7 @@ class Faults:
         if self.errors:
             kinds = {type(e) for e in self.errors}
             kind = kinds.pop() if len(kinds) == 1 else PlanError
-            raise kind([p for e in self.errors for p in e.problems])
+            raise kind(list(dict.fromkeys(p for e in self.errors for p in e.problems)))
 
 
 class RankError(BitpressError):

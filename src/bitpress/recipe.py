@@ -207,7 +207,7 @@ class _Reader:
                 self.faults.append(f"{place}: {_unknown_key(str(key), value, top=not where)}")
         if len(self.faults) > before:
             return None
-        if not modifiers:
+        if not modifiers and not (where and run_type == "train"):  # plain fine-tuning needs none
             self.faults.append(f"{where}: has no modifiers" if where else f"the recipe is empty; {FORMS}")
             return None
         inferred = "train" if any(m.run_type == "train" for m in modifiers) else "oneshot"

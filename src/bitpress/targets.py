@@ -7,8 +7,9 @@
 | `re:.*q_proj`      | names that the expression matches from their start                   |
 | `__ALL__`, `__ALL_PRUNABLE__` | every linear                                              |
 
-A trailing `.weight` means the module that holds the weight. A module may have two names, its own and the one
-on disk: a pattern matches by either.
+A trailing `.weight` means the module that holds the weight. A module may have two names, its own and the one on disk: a
+pattern matches by either. A target that no linear's name matches, but that of a module around some, such as
+`re:model.layers.\\d+$` in older recipes, means all linears in there.
 """
 
 from __future__ import annotations
@@ -62,17 +63,16 @@ def resolve(linears: Sequence[LinearName], targets: Sequence[str], ignore: Seque
     ]
     wanted = [p for p in targets if pattern_fault(p) is None]
     unwanted = [p for p in ignore if pattern_fault(p) is None]
-    faults += [
-        f"{at_targets}: '{p}' matches no linear.{_nearest(p, linears)}"
-        for p in wanted
-        if not any(_means(linear, [p]) for linear in linears)
-    ]
-    notes = [
+    missed = [p for p in wanted if not any(_means(linear, [p]) for linear in linears)]
+    around = [p for p in missed if any(_inside(linear, p) for linear in linears)]
+    faults += [f"{at_targets}: '{p}' matches no linear.{_nearest(p, linears)}" for p in missed if p not in around]
+    notes = [f"{at_targets}: '{p}' matches modules that hold linears; these are meant" for p in around]
+    notes += [
         f"{at_ignore}: '{p}' matches no linear.{_nearest(p, linears)}"
         for p in unwanted
         if not any(_means(linear, [p]) for linear in linears)
     ]
-    matched = [linear for linear in linears if _means(linear, wanted)]
+    matched = [x for x in linears if _means(x, wanted) or any(_inside(x, p) for p in around)]
     chosen = [linear for linear in matched if not _means(linear, unwanted)]
     if matched and not chosen:
         faults.append(f"{at_ignore}: ignores all {len(matched)} linears that the targets match")
@@ -104,6 +104,14 @@ def pattern_fault(pattern: str) -> str | None:
 
 def _means(linear: LinearName, patterns: Sequence[str]) -> bool:
     return any(match(name, linear.class_name, patterns) for name in linear.names)
+
+
+def _inside(linear: LinearName, pattern: str) -> bool:
+    """Whether an expression matches the name of a module that the linear is in."""
+    if not pattern.startswith(REGEX):
+        return False
+    parents = {".".join(parts[:i]) for parts in (n.split(".") for n in linear.names) for i in range(1, len(parts))}
+    return any(re.match(pattern.removeprefix(REGEX), parent) for parent in parents)
 
 
 def _match(name: str, class_name: str, pattern: str) -> bool:

@@ -7,6 +7,7 @@ import importlib
 import pytest
 import torch
 import yaml
+from pydantic import ValidationError
 from transformers import Trainer, TrainingArguments
 
 from bitpress import ConfigError, NumericsError, PlanError, RecipeError, oneshot
@@ -89,6 +90,11 @@ def test_faults(tmp_path):
     cfg = yaml.safe_load(CONFIG)
     with pytest.raises(ConfigError, match=r"bitpress\.recipe: missing"):
         plugin_of(cfg).pre_model_load({"plugins": cfg["plugins"]})
+    asked = {"bitpress": cfg["bitpress"] | {"save_compressed": True}}
+    with pytest.raises(ConfigError, match=r"bitpress\.save_compressed: Axolotl writes plain weights"):
+        plugin_of(cfg).pre_model_load(asked)
+    with pytest.raises(ValidationError, match="recipy"):
+        plugin_of(cfg | {"bitpress": cfg["bitpress"] | {"recipy": 1}})
     with pytest.raises(ConfigError, match="adapter: lora"):
         plugin_of(cfg).pre_model_load(cfg | {"adapter": "lora"})
     wrong = yaml.safe_load(CONFIG.replace("ConstantPruningModifier", "ConstantPruninModifier"))

@@ -252,6 +252,12 @@ def test_empty_stages(body):
     assert problem({"a_stage": body}) == "a_stage: has no modifiers"
 
 
+def test_a_training_stage_needs_none():
+    plain = Recipe.load({"a_stage": {"run_type": "train"}})
+    assert plain.stages[0].run_type == "train" and not plain.stages[0].modifiers
+    assert Recipe.load(plain.to_yaml()) == plain
+
+
 @pytest.mark.parametrize("source", ["W4A16", 3, GPTQModifier])
 def test_what_is_no_recipe(source):
     assert problem(source).startswith("expected a recipe, got ")

@@ -138,3 +138,12 @@ def test_bad_patterns_are_faults():
     assert len(result.linears) == len(MODEL)
     assert pattern_fault("re:") == "'re:' is an empty pattern"
     assert pattern_fault("re:.*") is None
+
+
+def test_modules_around_linears():
+    """As older recipes name decoder blocks; only where no linear matches, so that what excludes some still does."""
+    found = resolve(MODEL, [r"re:model.layers.\d*$"], ["re:.*gate$"], "Pruner")
+    assert [x.names[0] for x in found.linears] == [x.names[0] for x in MODEL[:3]] and not found.faults
+    assert found.notes == [r"Pruner.targets: 're:model.layers.\d*$' matches modules that hold linears; these are meant"]
+    assert len(resolve(MODEL, ["re:(?!.*q_proj$).*"], [], "").linears) == len(MODEL) - 1
+    assert "matches no linear" in resolve(MODEL, [r"re:model.block.\d*$"], [], "").faults[0]
