@@ -42,7 +42,9 @@ def apply(
         dataset: data for calibration and training alike; `splits` may name one each.
         recipe: see `bitpress.recipe`.
         output_dir: where the checkpoints go.
-        stage: run this stage alone; those before it must have run into the same folder.
+        stage: run this stage alone; those before it must have run into the same folder. With `fresh` it and those after
+            it are made anew, also where only their own arguments have changed: another learning rate, on the same
+            pruned model.
         progress: see `bitpress.oneshot`.
         options: arguments of `bitpress.oneshot` and of `bitpress.train`; `distill_teacher="self"` is the model given
             here. `batch_size` is of calibration, `per_device_train_batch_size` of training.

@@ -39,6 +39,7 @@ class Journal:
         run: what identifies the run: recipe, model, data, arguments, versions. Plain data.
         numerics: what must stay the same for identical bits: batch size, threads, device and the like. Of these the
             recorded values are taken on resume. None: not known yet, another stage goes first.
+        remedy: what else can be done where the folder holds another run.
 
     Attributes:
         numerics: the given ones on a new run, the recorded ones on resume.
@@ -51,7 +52,7 @@ class Journal:
         PlanError: the folder holds another run.
     """
 
-    def __init__(self, folder: Path, run: dict[str, Any], numerics: dict[str, Any] | None) -> None:
+    def __init__(self, folder: Path, run: dict[str, Any], numerics: dict[str, Any] | None, *, remedy: str = "") -> None:
         self.folder = folder
         self.file = folder / JOURNAL
         self.numerics: dict[str, Any] = numerics or {}
@@ -73,7 +74,7 @@ class Journal:
         if different := _differences(head["run"], json.loads(json.dumps(run))):
             raise PlanError(
                 f"{folder.parent}: holds an unfinished run with other {', '.join(different)}: give the same arguments "
-                "to go on, --fresh (fresh=True) to start anew, or another output folder"
+                f"to go on, --fresh (fresh=True) to start anew, or another output folder{remedy}"
             )
         head["numerics"] = head["numerics"] or numerics
         self.numerics = head["numerics"] or {}
@@ -158,8 +159,11 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return found
 
 
-def prepare(output: Path, run: dict[str, Any], *, fresh: bool, resume: bool) -> bool:
+def prepare(output: Path, run: dict[str, Any], *, fresh: bool, resume: bool, remedy: str = "") -> bool:
     """Make the output folder ready; True if it already holds this very run, finished.
+
+    Args:
+        remedy: what else can be done where it holds another run.
 
     Raises:
         PlanError: the folder holds other work, which is never overwritten; or `resume` was asked for and there is
@@ -177,7 +181,7 @@ def prepare(output: Path, run: dict[str, Any], *, fresh: bool, resume: bool) -> 
             return True
         raise PlanError(
             f"{output}: holds a finished run with other {', '.join(different)}: choose another output folder, or "
-            "--fresh (fresh=True) to replace it"
+            f"--fresh (fresh=True) to replace it{remedy}"
         )
     elif held is not None and not (output / WORK).is_dir():
         raise PlanError(f"{output}: holds half of a deleted run: choose another output folder, or --fresh (fresh=True)")

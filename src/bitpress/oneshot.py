@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -275,7 +274,7 @@ def run(args: Arguments) -> Any:
     from bitpress import journal, samples
     from bitpress.report import write_report
     from bitpress.result import SavedModel, attach
-    from bitpress.stages import run_stages
+    from bitpress.stages import ONE_ANEW, check_earlier, run_stages
 
     started = time.perf_counter()
     ranks.join(args.device)
@@ -290,9 +289,12 @@ def run(args: Arguments) -> Any:
     if place is not None and args.training.overwrite and ranks.from_first(lambda: not journal.same(place, identity)):
         args = replace(args, fresh=True)
     streamed, before = ready.subject.streamed, list[str]()
+    remedy = ONE_ANEW if args.verb == "apply" else ""
     try:
+        if args.verb == "apply":
+            check_earlier(args, ready, identity)
         if place is not None and ranks.from_first(
-            lambda: journal.prepare(place, identity, fresh=args.fresh, resume=args.resume)
+            lambda: journal.prepare(place, identity, fresh=args.fresh, resume=args.resume, remedy=remedy)
         ):
             args.progress.note(f"{place}: complete already, nothing to do")
             if not streamed:
@@ -360,11 +362,12 @@ def _loaded_into(args: Arguments, ready: Prepared) -> Any:
 
 def _identity(args: Arguments, ready: Prepared) -> dict[str, Any]:
     """What makes two runs the same run."""
+    from bitpress.recipe import fingerprint
     from bitpress.report import versions
 
     trains = any(p.trains for p in ready.plans)
     return {
-        "recipe": hashlib.sha256(ready.recipe.to_yaml().encode()).hexdigest(),
+        "recipe": fingerprint(ready.recipe),
         "model": ready.subject.fingerprint(),
         "data": ready.data.summary["fingerprint"] if ready.data else None,
         "arguments": {

@@ -19,6 +19,7 @@ A group is a mapping `{Name: {keys}}` or a list of such. Modifiers outside a sta
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
@@ -132,6 +133,11 @@ class Recipe:
     def to_yaml(self) -> str:
         """`to_dict` as YAML."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """What tells recipes apart: SHA-256 of the YAML."""
+    return hashlib.sha256(recipe.to_yaml().encode()).hexdigest()
 
 
 @dataclass

@@ -26,7 +26,7 @@ from bitpress.numerics import adopt, frozen, numerics_of
 from bitpress.output import Output, read_site
 from bitpress.phases import Phases
 from bitpress.plan import Plan, settle, whole
-from bitpress.recipe import Recipe
+from bitpress.recipe import Recipe, fingerprint
 from bitpress.run import Run
 from bitpress.sites import Site, stored_spec
 from bitpress.subject import FolderSubject, ModuleSubject, Subject
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from bitpress.prepare import Prepared
 
 STAGES = "stages"  # folder in the work folder
+ONE_ANEW = "; of several stages one is run anew, on those before it, by --stage NAME --fresh (stage=, fresh=True)"
 
 
 @dataclass
@@ -78,17 +79,13 @@ def run_stages(args: Arguments, ready: Prepared, identity: dict[str, Any], start
     done.phases.add("prepare", started)
     if ready.output is not None and (len(places) > 1 or args.verb == "apply"):
         work = ready.output / journal.WORK
-        ranks.from_first(lambda: journal.Journal(work, identity, None))  # claims the folder for this run
+        remedy = ONE_ANEW if args.verb == "apply" else ""
+        ranks.from_first(lambda: journal.Journal(work, identity, None, remedy=remedy))  # claims the folder for this run
         if args.verb == "apply" and args.fresh:
             for place in places[chosen.start :]:
                 if place is not None and place.is_dir():
                     _claim(args, place, identity)
         first = ranks.from_first(lambda: _finished(args, places, ready, identity))
-        if first < chosen.start:
-            raise PlanError(
-                f"{ready.recipe.stages[first].name}: has not run in {ready.output}, and "
-                f"{ready.recipe.stages[chosen.start].name} goes on from it: run it first, or all, without stage"
-            )
         if first:
             _take_up(done, places[first - 1], ready, first)
             args.progress.note(f"stage {ready.recipe.stages[first - 1].name} is finished; going on from there")
@@ -118,9 +115,20 @@ def run_stages(args: Arguments, ready: Prepared, identity: dict[str, Any], start
     return done
 
 
+def check_earlier(args: Arguments, ready: Prepared, identity: dict[str, Any]) -> None:
+    """PlanError, before anything is deleted, if a stage of `apply` is to run and one before it has not."""
+    start = _chosen(args, ready).start
+    done = ranks.from_first(lambda: _finished(args, _places(args, ready)[:start], ready, identity))
+    if done < start:
+        raise PlanError(
+            f"{ready.recipe.stages[done].name}: has not run in {ready.output}, or not with this recipe and these data, "
+            f"and {ready.recipe.stages[start].name} goes on from it: run it first, or all, without stage"
+        )
+
+
 def _claim(args: Arguments, place: Path, identity: dict[str, Any]) -> None:
     """Make a stage's folder ready, or say that it holds other work."""
-    ranks.from_first(lambda: journal.prepare(place, identity, fresh=args.fresh, resume=False))
+    ranks.from_first(lambda: journal.prepare(place, identity, fresh=args.fresh, resume=False, remedy=ONE_ANEW))
 
 
 def _complete(ready: Prepared, last: Path | None, identity: dict[str, Any]) -> None:
@@ -153,9 +161,20 @@ def _places(args: Arguments, ready: Prepared) -> list[Path | None]:
 
 
 def _identity_of(args: Arguments, identity: dict[str, Any], ready: Prepared, i: int) -> dict[str, Any]:
-    """Of a stage: the last one completes the run, but that of `apply` is complete with a copy of it."""
-    alone = i == len(ready.plans) - 1 and args.verb != "apply"
-    return identity if alone else {**identity, "stage": ready.recipe.stages[i].name}
+    """Of a stage: the last one completes the run, but that of `apply` is complete with a copy of it.
+
+    Of `apply` each is known by what it and those before it depend on: another learning rate needs no new pruning.
+    """
+    last = i == len(ready.plans) - 1
+    if args.verb != "apply":
+        return identity if last else {**identity, "stage": ready.recipe.stages[i].name}
+    upto = replace(ready.recipe, stages=ready.recipe.stages[: i + 1])
+    own = {**identity, "recipe": fingerprint(upto), "stage": ready.recipe.stages[i].name}
+    if not any(p.trains for p in ready.plans[: i + 1]):
+        own.pop("training", None)
+    if not last:  # nothing is packed before the last one
+        own["arguments"] = {k: v for k, v in own["arguments"].items() if k not in ("save_compressed", "format")}
+    return own
 
 
 def _finished(args: Arguments, places: list[Path | None], ready: Prepared, identity: dict[str, Any]) -> int:

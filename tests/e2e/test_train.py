@@ -371,3 +371,22 @@ def test_stages_one_by_one(pruned, tmp_path):
     fresh = apply(pruned / "base", rows, STAGES, output_dir=out, fresh=True, **options)
     assert (out / "sparsity_stage/config.json").stat().st_mtime_ns > old
     assert_same_tensors(tensors(fresh.folder), tensors(tmp_path / "whole"))
+
+
+def test_one_stage_anew_on_those_before_it(pruned, tmp_path):
+    options = FAST | {"num_calibration_samples": 8}
+    out, rows, other = tmp_path / "out", conversations(40), options | {"learning_rate": 1e-3, "format": "sparse-24"}
+    apply(pruned / "base", rows, STAGES, output_dir=out, **options)
+    with pytest.raises(PlanError, match=r"finished run with other .*training.*--stage NAME --fresh"):
+        apply(pruned / "base", rows, STAGES, output_dir=out, **other)
+    old = (out / "sparsity_stage/config.json").stat().st_mtime_ns
+    apply(pruned / "base", rows, STAGES, output_dir=out, stage="finetuning_stage", fresh=True, **other)
+    assert not (out / "config.json").exists() and not (out / "quantization_stage/config.json").exists()
+    apply(pruned / "base", rows, STAGES, output_dir=out, **other)
+    assert (out / "sparsity_stage/config.json").stat().st_mtime_ns == old
+    apply(pruned / "base", rows, STAGES, output_dir=tmp_path / "straight", **other)
+    assert_same_tensors(tensors(out), tensors(tmp_path / "straight"))
+    changed = STAGES | {"sparsity_stage": {"sparsity_modifiers": {"WandaPruningModifier": {"mask_structure": "2:4"}}}}
+    with pytest.raises(PlanError, match="sparsity_stage: has not run in"):
+        apply(pruned / "base", rows, changed, output_dir=out, stage="finetuning_stage", fresh=True, **other)
+    assert (out / "config.json").is_file() and (out / "quantization_stage/config.json").is_file()  # all is there still
