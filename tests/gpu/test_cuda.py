@@ -7,14 +7,17 @@ import json
 import pytest
 import torch
 
-from bitpress import oneshot
+from bitpress import oneshot, train
 from bitpress.checkpoint import Source
 from bitpress.formats import bits
 from bitpress.math.gptq import gptq
 from bitpress.math.grid import Grid
+from bitpress.math.masks import Structure, holds
 from bitpress.math.stats import GramAccumulator
+from bitpress.training import masks
 from bitpress.verified import mismatch
 from conftest import FAMILIES, build, save, token_rows
+from helpers import tensors
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 RECIPE = {"GPTQModifier": {"scheme": "W4A16", "group_size": 16, "ignore": ["lm_head"]}}
@@ -119,3 +122,23 @@ def test_norms_are_fused_where_the_kernel_computes_the_same():
     assert (found[0] == expected[0]).float().mean() > 0.99
     torch.testing.assert_close(found[0], expected[0], rtol=2**-7, atol=0)
     assert torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_zeros_stay_while_training(small, tmp_path, monkeypatch):
+    """Gradients cut together by their bits, and one by one."""
+    if not small:
+        monkeypatch.setattr(masks, "SMALL", 0)
+    save(build("llama", torch.bfloat16), tmp_path / "base")
+    prune = {"MagnitudePruningModifier": {"mask_structure": "2:4", "ignore": ["lm_head"]}}
+    oneshot(tmp_path / "base", None, prune, output_dir=tmp_path / "pruned")
+    train(
+        tmp_path / "pruned", token_rows(32), {"ConstantPruningModifier": {"targets": "re:.*_proj.weight"}},
+        output_dir=tmp_path / "out", max_seq_length=32, per_device_train_batch_size=4, learning_rate=1e-2, bf16=True,
+        gradient_accumulation_steps=2, weight_decay=0.1, distill_teacher=tmp_path / "base",
+    )  # fmt: skip
+    before, after = tensors(tmp_path / "pruned"), tensors(tmp_path / "out")
+    for name, weight in after.items():
+        if name.endswith("_proj.weight"):
+            assert holds(weight, Structure(2, 4)) and not (weight[before[name] == 0] != 0).any()
+            assert not torch.equal(weight, before[name])

@@ -134,7 +134,8 @@ def load_training(
         units = _joined(units, closing, reader, max_seq_length) if pack else _closed(units, closing, reader)
     written = _written(unit[:max_seq_length] for unit in units)
     if not written.sequences:
-        why = "all of it is prompts" if written.silent else "no row has two tokens"
+        prompts = f"all of it is prompts, of sequences cut at max_seq_length {max_seq_length}"
+        why = prompts if written.silent else "no row has two tokens"
         raise DataError(f"{source.name}: nothing to learn from: {why}. Check the data, or mask_prompts=False.")
     if written.silent:
         notes.append(f"{written.silent} sequences without an answer were left out")
