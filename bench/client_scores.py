@@ -3,7 +3,7 @@
 python client_scores.py CLIENT CHECKPOINT IDS.json OUT.json [DTYPE]
 
 OUT has `nll` of every token but the first in nats, `greedy` token ids after the first 32, `kernel` that the client
-chose for linears, and `versions`; lm-evaluation-harness tells a sum only: `mean` of the tokens after the first 32.
+chose for linears, and `versions`; lm-evaluation-harness tells a sum only: `mean` of the tokens from `first` on.
 Imports nothing of bitpress but for the client `bitpress`; the harness is started by `bitpress lm-eval`.
 """
 
@@ -119,8 +119,11 @@ def lm_eval(model: str, ids: list[int], dtype: str, backend: str = "hf") -> dict
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    context, whole = tokenizer.decode(ids[:PROMPT]), tokenizer.decode(ids)
-    assert whole.startswith(context) and tokenizer(whole, add_special_tokens=False)["input_ids"] == ids
+    whole = tokenizer.decode(ids)
+    assert tokenizer(whole, add_special_tokens=False)["input_ids"] == ids
+    # the harness moves blanks at the end of the context to the text that it scores
+    first = next(n for n in range(PROMPT, len(ids)) if not tokenizer.decode(ids[n - 1])[-1:].isspace())
+    context = tokenizer.decode(ids[:first])
     source = Path(__file__).resolve().parent.parent / "src"
     with tempfile.TemporaryDirectory() as work:
         row = {"context": context, "target": whole[len(context) :]}
@@ -139,7 +142,7 @@ def lm_eval(model: str, ids: list[int], dtype: str, backend: str = "hf") -> dict
         subprocess.run(command, env=os.environ | {"PYTHONPATH": str(source)}, stdout=subprocess.DEVNULL, check=True)
         (samples,) = Path(work).glob("out/**/samples_*.jsonl")
         said = json.loads(samples.read_text())["resps"][0][0][0]
-    return {"mean": -float(said) / (len(ids) - PROMPT), "kernel": f"of {backend}"}
+    return {"mean": -float(said) / (len(ids) - first), "first": first, "kernel": f"of {backend}"}
 
 
 def lm_eval_vllm(model: str, ids: list[int], dtype: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Makes checkpoints of MODEL (rounded to nearest, groups of 64), scores one window
 is for, and prints a Markdown table: mean negative log likelihood in nats per token beside that of bitpress's own loader
 on the same tokens, the largest difference of a token, and whether 24 greedy tokens are equal (where the two best are
 close, rounding decides them: read the differences). lm-evaluation-harness tells only a sum, of the tokens after the
-first 32. `python bench/clients.py CHECKPOINT ... --as-is` scores finished
+first 32 or so. `python bench/clients.py CHECKPOINT ... --as-is` scores finished
 ones. bench/envs.sh makes the clients' environments; a client without one is left out, and the table says so.
 """
 
@@ -20,8 +20,6 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
-
-from client_scores import PROMPT
 
 HERE = Path(__file__).resolve().parent
 ENVS = Path(os.environ.get("BITPRESS_BENCH_ENVS", HERE.parent / ".cache" / "bench-envs"))
@@ -88,7 +86,7 @@ def row(name: str, said: tuple[str, str], found: dict[str, Any], own: dict[str, 
     if "error" in found:
         return [name, *said, f"no: {found['error']}", "", "", "", "", ""]
     if "mean" in found:
-        rest = own["nll"][PROMPT - 1 :]
+        rest = own["nll"][found["first"] - 1 :]
         return [name, *said, "yes", found["kernel"], f"{found['mean']:.4f}", f"{sum(rest) / len(rest):.4f}", "", ""]
     pairs = list(zip(found["nll"], own["nll"], strict=False))
     mean, ours = (sum(p[i] for p in pairs) / len(pairs) for i in (0, 1))

@@ -121,7 +121,7 @@ class Recipe:
                 return self.stages[names.index(alike)]
         hint = did_you_mean(name, names)
         hint = hint if "Did you mean" in hint else ""
-        raise RecipeError(f"stage '{name}' is not in the recipe. Its stages: {', '.join(names)}.{hint}")
+        raise RecipeError(f"stage: '{name}' is not in the recipe. Its stages: {', '.join(names)}.{hint}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data from which `load` makes an equal Recipe; keys at their defaults are left out."""

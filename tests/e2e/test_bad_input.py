@@ -156,7 +156,7 @@ def test_no_recipe_and_other_arguments_that_are_wrong(shared, tmp_path, no_weigh
 
 def test_an_unknown_stage(shared, tmp_path, no_weights):
     text = "sparsity_stage:\n  a_modifiers: {GPTQModifier: {scheme: W4A16}}\n"
-    words = ["stage 'sparsty_stage' is not in the recipe", "Its stages: sparsity_stage", "Did you mean"]
+    words = ["stage: 'sparsty_stage' is not in the recipe", "Its stages: sparsity_stage", "Did you mean"]
     refused(RecipeError, words, tmp_path / "out", shared, ROWS, text, stage="sparsty_stage")
     with pytest.raises(ConfigError, match=r"output_dir: missing; a stage is saved as <output_dir>/<stage>"):
         oneshot(shared, ROWS, text, stage="sparsity_stage")

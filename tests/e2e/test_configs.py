@@ -326,6 +326,9 @@ take = 0
         ('scheme = "W4A16"\nattn_implementation = "flash"', "line 4: attn_implementation: 'flash' cannot be had"),
         ('scheme = "W4A16"\ndataset = "no-such.jsonl"', "line 4: dataset: no-such.jsonl: no such file or folder"),
         ('scheme = "W4A16"\npreprocessing_func = "os.pathh"', "line 4: preprocessing_func: 'os.pathh': os has no"),
+        ('scheme = "W4A16"\nstage = "two"', "line 4: stage: 'two' is not in the recipe"),
+        ('scheme = "W4A16"\ntokenizer.max_length = 0', "line 4: tokenizer.max_length: must be at least 1, got 0"),
+        ('scheme = "W4A16"\n[generation]\ntop_k = 3\ntemperature = 0.5', "line 6: generation.temperature: .*do_sample"),
         ('recipe_class = "a.b.Prune"\nscheme = "W4A16"', "line 3: recipe_class: 'a.b.Prune' is no recipe"),
         ('recipe_class = "training_wizard.recipes.modular.ModularTrainingSpec"', "line 3: recipe_class: .* trains"),
         ('scheme = "W4A16"\n[wizard_module.transformer_spec]\npretrained_name = "x"', "line 5: .* given twice"),
@@ -371,7 +374,11 @@ def test_overrides(tmp_path):
     assert found.data == {
         "a": {"b": [1, {"c": [1, 2]}]}, "d": "W8A8", "e": {"f": True}, "g": 0.8, "h": None, "i": "7", "j": "a=b",
     }  # fmt: skip
-    assert found.place(("e", "f")) == "--set e.f" and found.place(("a",)).endswith("line 1: a")
+    assert (
+        found.place(("e", "f")) == "--set e.f"
+        and found.place(("e",)) == "--set e"
+        and found.place(("a",)).endswith("line 1: a")
+    )
     for bad, said in (("a", "key=value"), ("a.b.7=1", "list of 2"), ("d.e=1", "has no keys"), ("=1", "key=value")):
         with pytest.raises(ConfigError, match=said):
             read(file, [bad])

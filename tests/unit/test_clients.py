@@ -3,7 +3,13 @@
 import pytest
 
 from bitpress.clients import (
-    ON_GPUS, UNSERVED, loads_as_experts, misread_as_experts, processor_notes, release_limit, vllm_limit,
+    ON_GPUS,
+    UNSERVED,
+    loads_as_experts,
+    misread_as_experts,
+    processor_notes,
+    release_limit,
+    vllm_limit,
 )  # fmt: skip
 from bitpress.schemes import PRESETS, QuantArgs, Scheme, preset, scheme_from_group
 

@@ -404,7 +404,7 @@ def test_text_needs_a_tokenizer() -> None:
 def test_preprocessing_func() -> None:
     data = load([{"q": "w1 w2", "a": "w3 w4"}], preprocessing_func=lambda r: {"text": r["q"] + " " + r["a"]})
     assert lists(data) == [ids(1, 4)]
-    assert "preprocessing_func failed on row 0: KeyError: 'zzz'" in message(
+    assert "preprocessing_func: failed on row 0: KeyError: 'zzz'" in message(
         [{"q": "w1"}], preprocessing_func=lambda r: r["zzz"]
     )
     assert "preprocessing_func must be a function" in message(["w1"], preprocessing_func="tool.py:clean")

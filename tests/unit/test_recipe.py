@@ -166,7 +166,8 @@ def test_choosing_a_stage():
     with pytest.raises(RecipeError) as caught:
         recipe.stage("sparcity_stage")
     assert str(caught.value) == (
-        "stage 'sparcity_stage' is not in the recipe. Its stages: sparsity_stage, quant. Did you mean 'sparsity_stage'?"
+        "stage: 'sparcity_stage' is not in the recipe. Its stages: sparsity_stage, quant. "
+        "Did you mean 'sparsity_stage'?"
     )
     with pytest.raises(RecipeError, match=r"Its stages: sparsity_stage, quant\.$"):
         recipe.stage("xyz")

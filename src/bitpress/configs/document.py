@@ -53,6 +53,8 @@ class Document:
                 return f"--set {key}"
             if path[:n] in self.lines:
                 return f"{self.name}, line {self.lines[path[:n]]}: {key}"
+            if any(given[:n] == path[:n] for given in self.given):  # a table that an override has made
+                return f"--set {key}"
         return f"{self.name}: {key}" if key else self.name
 
     def has(self, path: Sequence[str]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -215,6 +216,7 @@ def _tokenizer(checker: Checker, own: RunKeys, arguments: dict[str, Any]) -> Non
         if checker.document.has(("max_seq_length",)) and arguments["max_seq_length"] != keys.max_length:
             checker.fault(("tokenizer", "max_length"), f"max_seq_length says {arguments['max_seq_length']}; give one")
         arguments["max_seq_length"] = keys.max_length
+        checker.document.moved["max_seq_length",] = checker.document.origin(("tokenizer", "max_length"))
     options = dict(keys.init_kwargs)
     if keys.padding_side is not None:
         options["padding_side"] = keys.padding_side
@@ -292,7 +294,11 @@ def _generation(checker: Checker, given: dict[str, Any]) -> dict[str, Any]:
     try:
         GenerationConfig(**{k: v for k, v in given.items() if k in known}).validate(strict=True)
     except (ValueError, TypeError) as error:
-        checker.fault(("generation",), cause_of(error))
+        each = re.findall(r"^- `(\w+)`: (.*)", str(error), re.MULTILINE)  # several are told one a line
+        for key, text in each:
+            checker.fault(("generation", key), text)
+        if not each:
+            checker.fault(("generation",), cause_of(error))
     return given
 
 

@@ -191,7 +191,7 @@ def _preprocessed(rows: Iterable[tuple[int, Any]], function: Callable[[Any], Any
             try:
                 row = function(row)
             except Exception as error:
-                raise DataError(f"preprocessing_func failed on row {number}: {cause_of(error)}") from error
+                raise DataError(f"preprocessing_func: failed on row {number}: {cause_of(error)}") from error
         yield number, row
 
 
