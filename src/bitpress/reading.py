@@ -98,8 +98,11 @@ def described(folder: Path) -> tuple[SchemeModifier, str]:
     source = Source(folder)
     for layer in found.layers:
         symmetric = bool(layer.symmetric) if name != "awq" else _centred(source, layer.name)
-        weights = {"num_bits": layer.num_bits, "type": "int", "symmetric": symmetric, "strategy": layer.strategy}
-        weights |= {"group_size": layer.group_size} if layer.group_size else {}
+        strategy, size = layer.strategy, layer.group_size
+        if strategy == "channel" and settings.get("group_size") == layer.columns:  # a single group fills the row
+            strategy, size = "group", layer.columns
+        weights = {"num_bits": layer.num_bits, "type": "int", "symmetric": symmetric, "strategy": strategy}
+        weights |= {"group_size": size} if size else {}
         weights |= {"actorder": "group"} if settings.get("desc_act") else {}
         groups.setdefault(json.dumps(weights), {"weights": weights, "targets": []})["targets"].append(layer.name)
     kind = GPTQModifier if settings.get("desc_act") else QuantizationModifier

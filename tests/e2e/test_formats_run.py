@@ -56,6 +56,19 @@ def test_every_format_is_the_same_model_and_converts_into_the_others(base, tmp_p
             assert config_of(out) == config_of(made[target])
 
 
+@pytest.mark.parametrize("name", ["gptq", "awq"])
+def test_a_group_that_fills_the_row_of_some_linears(base, tmp_path, name):
+    scheme = QuantizationModifier(scheme="W4A16", group_size=32, ignore=["lm_head"])
+    packed, made = (run(base, tmp_path / n, scheme, n) for n in ("compressed-tensors", name))
+    assert torch.equal(logits(load_model(made, "bfloat16", "cpu")), logits(load_model(packed, "bfloat16", "cpu")))
+    for source in (made, packed):
+        other = convert(source, tmp_path / f"from-{source.name}", format="gptq_v2").folder
+        assert "dynamic" not in config_of(other)["quantization_config"], source
+    back = convert(made, tmp_path / "back", format="compressed-tensors").folder
+    assert config_of(back) == config_of(packed)
+    assert_same_tensors(tensors(back), tensors(packed))
+
+
 def test_what_config_and_inspect_say_of_gptq(base, tmp_path):
     recipe = GPTQModifier(scheme="W4A16", group_size=16, actorder="group", ignore=IGNORED)
     folder = run(base, tmp_path / "out", recipe, "gptq")
