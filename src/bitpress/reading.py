@@ -195,7 +195,6 @@ def reload(place: str | os.PathLike[str], *, dtype: Any = "auto", device_map: An
     method = is_quantized(folder)
     gguf, sparse = method == "gguf", method == "sparse-24"
     modifier, stored = (None, str(method)) if gguf or sparse else described(folder)
-    semi_structured = bool(kwargs.pop("semi_structured", False))
     device = _one_device(device_map)
     source = None if gguf else Source(folder)
     given = {key: value for key, value in kwargs.items() if key not in IDLE}
@@ -227,12 +226,8 @@ def reload(place: str | os.PathLike[str], *, dtype: Any = "auto", device_map: An
         if source is None:
             _assign_gguf(subject, next(folder.glob("*.gguf")), config)
         else:
-            linears = _assign_sparse(subject, folder, dtype)
+            _assign_sparse(subject, folder, dtype)
         model.to(device or "cpu")
-        if semi_structured:
-            from bitpress.formats.sparse24 import semi_structured as speed_up
-
-            speed_up(model, linears)
         return model  # type: ignore[no-any-return]
     saved = "dense" if stored == "bitsandbytes" else stored  # which is written from folders only
     made = plan.make([modifier], subject, samples=1, length=1, device=subject.home, stored=saved)
@@ -256,16 +251,14 @@ def _assign_gguf(subject: ModuleSubject, file: Path, config: Any) -> None:
     subject.close()
 
 
-def _assign_sparse(subject: ModuleSubject, folder: Path, dtype: torch.dtype) -> list[str]:
-    """The weights of a checkpoint stored by its 2:4 masks, dense; the module names of the pruned linears."""
+def _assign_sparse(subject: ModuleSubject, folder: Path, dtype: torch.dtype) -> None:
+    """The weights of a checkpoint stored by its 2:4 masks, dense."""
     from bitpress.formats.sparse24 import open_sparse
 
-    source, names = open_sparse(folder, dtype)
-    keys = dict(subject.layout.disk_of)
-    for key, disk in keys.items():
+    source, _ = open_sparse(folder, dtype)
+    for key, disk in dict(subject.layout.disk_of).items():
         subject.assign({key: source.read([disk])[disk]})
     subject.close()
-    return [key.removesuffix(".weight") for key, disk in keys.items() if disk.removesuffix(".weight") in names]
 
 
 def _dtype(name: str) -> torch.dtype:

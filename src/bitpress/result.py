@@ -161,6 +161,11 @@ def check_format(name: str | None) -> None:
     """ConfigError for a storage format that bitpress does not write."""
     if name not in FORMATS:
         known = [f for f in FORMATS if f]
+        if name is not None and ("24" in name or "sparse" in name):
+            raise ConfigError(
+                f"quantization_format: '{name}' is not written from memory; 2:4 storage is, by oneshot and apply "
+                "with format='sparse-24', or from the saved folder: bitpress convert DIR OUT --format sparse-24"
+            )
         raise ConfigError(f"quantization_format: '{name}' cannot be written.{did_you_mean(str(name), known)}")
 
 

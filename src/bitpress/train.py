@@ -48,7 +48,7 @@ def train(
 
     Killed at any time, the same call goes on from the last checkpoint in the output folder and ends with the same
     bits. Memory: weights, gradients and Adam's moments (16 bytes a weight in float32), activations, a byte for each
-    weight whose zeros are kept; the data stay on disk.
+    weight whose zeros are kept (five in matrices of up to two million); the data stay on disk.
 
     Args:
         model: folder, hub id, or a causal language model of transformers in memory, which is changed in place.

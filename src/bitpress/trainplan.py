@@ -29,6 +29,7 @@ from bitpress.sites import Site, brief, dense_site, disk_module, find_sites, lab
 from bitpress.subject import Subject
 from bitpress.targets import LinearName, resolve
 from bitpress.training.arguments import PRECISIONS
+from bitpress.training.masks import SMALL
 
 MOMENTS = 3  # gradients and Adam's two moments, beside the weights
 
@@ -105,7 +106,8 @@ def make(
         raise PlanError(fault)
     item = training_dtype(precision, subject, device).itemsize
     weights = sum(torch.Size(subject.spec(k)[1]).numel() for k in subject.layout.disk_of)
-    held = weights * item * (1 + MOMENTS) + sum(s.rows * s.columns for s in masked)
+    kept = [s.rows * s.columns for s in masked]
+    held = weights * item * (1 + MOMENTS) + sum(kept) + item * sum(n for n in kept if n <= SMALL)
     notes.append(f"training: weights, gradients and Adam's moments take about {gib(held)}; activations come on top")
     on_cpu = device.type == "cpu"
     return Plan(

@@ -26,11 +26,22 @@ class SparseAutoModelForCausalLM:
         """Load a model; takes the arguments of transformers, and `torch_dtype` for `dtype`.
 
         A checkpoint in a format that bitpress writes comes with dense weights, and its
-        `save_pretrained(dir, save_compressed=True)` packs it again with the same scales. One stored by its 2:4 masks
-        (`--format sparse-24`) takes `semi_structured=True`, for torch's semi-structured tensors on a GPU. Activations
-        and caches are not rounded; transformers' own class does that. All else, schemes that bitpress does not read
-        too, is left to transformers.
+        `save_pretrained(dir, save_compressed=True)` packs it again with the same scales. Activations and caches are not
+        rounded; transformers' own class does that. All else, schemes that bitpress does not read too, is left to
+        transformers. With `semi_structured=True` linears that are 2:4, in any format, become torch's semi-structured
+        tensors on the GPU: to run the model, not to save it.
         """
+        if not kwargs.pop("semi_structured", False):
+            return cls._loaded(pretrained_model_name_or_path, kwargs)
+        from bitpress.formats.sparse24 import check_semi_structured, semi_structured
+
+        check_semi_structured()
+        model = cls._loaded(pretrained_model_name_or_path, kwargs)
+        semi_structured(model)
+        return model
+
+    @staticmethod
+    def _loaded(pretrained_model_name_or_path: str | os.PathLike[str], kwargs: dict[str, Any]) -> Any:
         from transformers import AutoModelForCausalLM
 
         from bitpress.formats import DEFAULT

@@ -234,6 +234,13 @@ def test_stored_by_the_mask(last, pruned, tmp_path):
     assert "model.layers.0.mlp.up_proj.positions" in found and "model.layers.0.mlp.up_proj.weight" not in found
     small, plain = (SparseAutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("small", "plain"))
     assert torch.equal(logits(small), logits(plain))
+    if not torch.cuda.is_available():
+        for folder in (tmp_path / "plain", pruned / "pruned"):  # whatever the format
+            with pytest.raises(ConfigError, match="semi_structured: needs an NVIDIA GPU"):
+                SparseAutoModelForCausalLM.from_pretrained(folder, semi_structured=True)
+    if last == "quantization_stage":
+        with pytest.raises(ConfigError, match=r"'sparse-24-bitmask' is not written from memory; .* bitpress convert"):
+            plain.save_pretrained(tmp_path / "z", quantization_format="sparse-24-bitmask")
     with pytest.raises(PlanError, match="no linear is known to be pruned 2:4, so sparse-24 cannot hold them"):
         train(pruned / "pruned", conversations(8), None, output_dir=tmp_path / "x", format="sparse-24", **FAST)
     with pytest.raises(PlanError, match="format: gptq is of quantized weights, and nothing is quantized"):

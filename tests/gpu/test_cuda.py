@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from torch.sparse import SparseSemiStructuredTensor
 
 from bitpress import oneshot, train
 from bitpress.checkpoint import Source
@@ -15,6 +16,7 @@ from bitpress.math.grid import Grid
 from bitpress.math.masks import Structure, holds
 from bitpress.math.stats import GramAccumulator
 from bitpress.training import masks
+from bitpress.transformers import SparseAutoModelForCausalLM
 from bitpress.verified import mismatch
 from conftest import FAMILIES, build, save, token_rows
 from helpers import tensors
@@ -142,3 +144,19 @@ def test_zeros_stay_while_training(small, tmp_path, monkeypatch):
         if name.endswith("_proj.weight"):
             assert holds(weight, Structure(2, 4)) and not (weight[before[name] == 0] != 0).any()
             assert not torch.equal(weight, before[name])
+
+
+def test_semi_structured_tensors(tmp_path):
+    save(build("llama", torch.bfloat16, hidden_size=128, intermediate_size=256), tmp_path / "base")
+    recipe = {
+        "MagnitudePruningModifier": {"mask_structure": "2:4", "ignore": ["lm_head"]},
+        "QuantizationModifier": {"scheme": "W4A16", "group_size": 32, "ignore": ["lm_head"]},
+    }
+    oneshot(tmp_path / "base", None, recipe, output_dir=tmp_path / "out")
+    dense = SparseAutoModelForCausalLM.from_pretrained(tmp_path / "out").to("cuda")
+    fast = SparseAutoModelForCausalLM.from_pretrained(tmp_path / "out", semi_structured=True)
+    assert isinstance(fast.model.layers[0].mlp.up_proj.weight, SparseSemiStructuredTensor)
+    ids = torch.arange(2, 34, device="cuda")[None]
+    with torch.no_grad():
+        wanted, got = dense(input_ids=ids).logits.float(), fast(input_ids=ids).logits.float()
+    assert (got - wanted).abs().max() < 0.05 * wanted.abs().max()

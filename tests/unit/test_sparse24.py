@@ -58,4 +58,4 @@ def test_what_it_refuses():
     assert "divisible by 16" in form.misfit(preset("W4A16"), 8, 24)
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match=r"semi_structured: needs an NVIDIA GPU"):
-            semi_structured(torch.nn.Linear(64, 64), [""])
+            semi_structured(torch.nn.Linear(64, 64))

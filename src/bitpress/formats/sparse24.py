@@ -160,23 +160,31 @@ def spread(values: Tensor, positions: Tensor, empty: Tensor) -> Tensor:
     return out.scatter_(-1, order, values.reshape(R, -1, 2)).reshape(R, C)
 
 
-def semi_structured(model: Any, names: Iterable[str]) -> int:
-    """Move a model to the GPU and make the weights of linears torch's semi-structured tensors.
+def check_semi_structured() -> None:
+    """ConfigError where torch has no semi-structured tensors."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
+        raise ConfigError("semi_structured: needs an NVIDIA GPU of compute capability 8.0 or later; leave it out")
+
+
+def semi_structured(model: torch.nn.Module) -> int:
+    """Move a model to the GPU and make the weights of its 2:4 linears torch's semi-structured tensors, to run it.
 
     Returns:
         How many; those whose shape or dtype torch does not take stay dense.
 
     Raises:
-        ConfigError: no GPU that can.
+        ConfigError: no GPU that can, or no linear that is 2:4.
     """
     from torch.sparse import to_sparse_semi_structured
 
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
-        raise ConfigError("semi_structured: needs an NVIDIA GPU of compute capability 8.0 or later; leave it out")
+    check_semi_structured()
     model.to("cuda")
+    linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    pruned = [m for m in linears if m.in_features % 4 == 0 and holds(m.weight.detach(), TWO_OF_FOUR)]
+    if not pruned:
+        raise ConfigError("semi_structured: no linear of this model is pruned 2:4; leave it out")
     made = 0
-    for name in names:
-        linear = model.get_submodule(name)
+    for linear in pruned:
         rows, columns = linear.weight.shape
         if rows % 32 or columns % 64 or linear.weight.dtype not in (torch.bfloat16, torch.float16):
             continue
