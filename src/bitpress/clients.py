@@ -89,6 +89,8 @@ def format_notes(stored: str, sites: Sequence[Site]) -> list[str]:
             notes.append(f"{stored}: vLLM refuses zero points in it; use W4A16, or --format awq or compressed-tensors")
         if any(w.num_bits not in (4, 8) for w in weights):
             notes.append(f"{stored}: vLLM serves 4 and 8 bits only; the others load in transformers with gptqmodel")
+        if any(w.num_bits == 8 for w in weights):
+            notes.append(f"{stored}: 8 bits: {ON_GPUS}")
         if any(s.group is not None and s.group.actorder == "group" for s in quantized):
             notes.append(f"{stored}: actorder 'group': vLLM's CPU build refuses it; 'static' runs everywhere")
         several = len({str(s.scheme) for s in quantized}) > 1
@@ -144,7 +146,9 @@ def vllm_limit(scheme: Scheme) -> str | None:
         case "pack-quantized" if inputs is None:
             if not in_rows:
                 return "vLLM serves strategy group or channel only; this loads in transformers"
-            return None if weights.num_bits in (4, 8) else "vLLM serves 4 and 8 bits only; this loads in transformers"
+            if weights.num_bits == 8:
+                return ON_GPUS  # the CPU build has a kernel for 4 bits alone
+            return None if weights.num_bits == 4 else "vLLM serves 4 and 8 bits only; this loads in transformers"
         case "pack-quantized" if inputs is not None and inputs.type == "float":
             served = (weights.num_bits, weights.group_size, inputs.strategy) == (4, 128, "token") and weights.symmetric
             return "vLLM serves it on Hopper GPUs only" if served and inputs.num_bits == 8 else UNSERVED

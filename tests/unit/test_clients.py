@@ -13,8 +13,8 @@ from bitpress.clients import (
 )  # fmt: skip
 from bitpress.schemes import PRESETS, QuantArgs, Scheme, preset, scheme_from_group
 
-EVERYWHERE = {"W4A16", "W8A16", "W4A16_ASYM", "W8A16_ASYM", "W8A8", "INT8", "FP8_DYNAMIC", "FP8_BLOCK"}
-GPUS = {"FP8", "NVFP4", "NVFP4A16", "MXFP4", "MXFP4A16", "MXFP4XFP8", "MXFP8", "MXFP8A16"}
+EVERYWHERE = {"W4A16", "W4A16_ASYM", "W8A8", "INT8", "FP8_DYNAMIC", "FP8_BLOCK"}
+GPUS = {"W8A16", "W8A16_ASYM", "FP8", "NVFP4", "NVFP4A16", "MXFP4", "MXFP4A16", "MXFP4XFP8", "MXFP8", "MXFP8A16"}
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -75,10 +75,10 @@ def test_a_processor_without_the_kernel(monkeypatch):
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
     (said,) = processor_notes("compressed-tensors", [preset("W4A16_ASYM")])
     assert "AVX-512, which this processor has not" in said
-    assert processor_notes("awq", [preset("W4A16_ASYM")]) == processor_notes("gptq", [preset("W8A16")]) == [said]
+    assert processor_notes("awq", [preset("W4A16_ASYM")]) == processor_notes("gptq", [preset("W4A16")]) == [said]
     for stored, name in (("gptq_v2", "W4A16_ASYM"), ("gguf", "W4A16"), ("dense", "W4A16")):
         assert processor_notes(stored, [preset(name)]) == []  # it does not serve these anywhere, or needs no kernel
-    for name in ("W8A8", "FP8_DYNAMIC", "W3A16", "NVFP4A16"):
+    for name in ("W8A8", "W8A16", "FP8_DYNAMIC", "W3A16", "NVFP4A16"):
         assert processor_notes("compressed-tensors", [preset(name)]) == []
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
     assert processor_notes("compressed-tensors", [preset("W4A16")]) == []
