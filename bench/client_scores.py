@@ -134,9 +134,9 @@ def lm_eval(model: str, ids: list[int], dtype: str, backend: str = "hf") -> dict
             "doc_to_target": "{{target}}", "target_delimiter": "", "metric_list": [{"metric": "acc"}],
         }  # fmt: skip
         (Path(work) / "rest.yaml").write_text(json.dumps(task))
-        settings = f"dtype={dtype}" + (
-            f",max_model_len={len(ids) + NEW},enforce_eager=True" if backend == "vllm" else ""
-        )
+        settings = f"dtype={dtype}"
+        if backend == "vllm":
+            settings += f",max_model_len={len(ids) + NEW},enforce_eager=True"
         command = [
             sys.executable, "-m", "bitpress", "lm-eval", model, "--tasks", "rest", "--backend", backend, "--model-args",
             settings, "--no-add-bos-token", "--include_path", work, "--log_samples", "--output_path", f"{work}/out",
