@@ -72,6 +72,31 @@ def _escaped(text: str) -> str:
     return text.replace("|", "\\|").strip()
 
 
+def commands() -> str:
+    """Every command with its arguments and options, from the command line itself."""
+    import typer
+
+    from bitpress.cli import app
+
+    return "\n".join(
+        part for name, command in sorted(typer.main.get_command(app).commands.items()) for part in _command(name, command)
+    )
+
+
+def _command(name: str, command: Any) -> Iterator[str]:
+    places = " ".join(p.name.upper() for p in command.params if p.param_type_name == "argument")
+    text = re.sub(r"\s+", " ", command.help or "")
+    yield f"### bitpress {name}\n\n`bitpress {name} {places}`. {text}\n\n| option | default | |\n|---|---|---|"
+    for p in command.params:
+        if p.param_type_name == "argument":
+            yield f"| {p.name.upper()} | | {_escaped(p.help or '')} |"
+            continue
+        names = ", ".join(f"`{word}`" for word in (*p.opts, *p.secondary_opts))
+        usual = "" if p.default in (None, False, ()) else f"`{getattr(p.default, 'value', p.default)}`"
+        yield f"| {names} | {str(usual).replace('True', 'yes')} | {_escaped(p.help or '')} |"
+    yield ""
+
+
 def schemes() -> str:
     """Every preset: what it stores, the format, what it needs, and what clients make of it."""
     lines = ["| preset | weights | inputs | format | data | vLLM | transformers |", "|---|---|---|---|---|---|---|"]
@@ -112,4 +137,9 @@ def errors() -> str:
     return f"```console\n{tree}\n```"
 
 
-TABLES: dict[str, Callable[[], str]] = {"modifiers": modifiers, "schemes": schemes, "errors": errors}
+TABLES: dict[str, Callable[[], str]] = {
+    "modifiers": modifiers,
+    "schemes": schemes,
+    "errors": errors,
+    "commands": commands,
+}

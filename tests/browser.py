@@ -15,7 +15,7 @@ FLAGS = (
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
 )  # fmt: skip
-SIZES = {"phone": (375, 800), "desktop": (1280, 900)}
+SIZES = {"phone": (390, 844), "desktop": (1280, 900)}
 
 
 @contextmanager
@@ -31,7 +31,8 @@ def browser() -> Iterator[Any]:
 
 
 def check(opened: Any, file: Path, shots: Path | None = None) -> None:
-    """A page is sound: no error on the console, nothing asked of a network, nothing wider than the screen, readable.
+    """A page is sound: no error on the console, nothing asked of a network, nothing wider than the screen, no word cut,
+    readable.
 
     Args:
         shots: a folder for screenshots.
@@ -50,12 +51,32 @@ def check(opened: Any, file: Path, shots: Path | None = None) -> None:
             assert wrong == [], (size, scheme, wrong)
             wide = page.evaluate("document.documentElement.scrollWidth")
             assert wide <= width, (size, scheme, f"{wide} pixels wide")
+            cut = page.evaluate(CUT_WORDS)
+            assert cut == [], (size, scheme, cut)
             worst = page.evaluate(CONTRAST)
             assert worst["ratio"] >= 4.5, (size, scheme, worst)
             if shots is not None:
                 page.screenshot(path=shots / f"{file.stem}-{size}-{scheme}.png", full_page=True)
             page.close()
 
+
+# words, and parts of names between their dots and dashes, that lie on two lines; a hash has no better place
+CUT_WORDS = """
+() => {
+  const cut = [], walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  for (let node = walker.nextNode(); node; node = walker.nextNode()) {
+    if (node.parentElement.closest('pre, svg') || !node.parentElement.checkVisibility()) continue;
+    for (const word of node.textContent.matchAll(/\\S+/g)) {
+      const range = document.createRange();
+      range.setStart(node, word.index); range.setEnd(node, word.index + word[0].length);
+      const lines = new Set([...range.getClientRects()].map(box => Math.round(box.top)));
+      const whole = !word[0].includes('-') && !/^[0-9a-f]{64}$/.test(word[0]);
+      if (lines.size > 1 && whole) cut.push(word[0]);
+    }
+  }
+  return cut;
+}
+"""
 
 # the least contrast of a text to what is behind it, by WCAG's formula; shades over the page's own colour are blended
 CONTRAST = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +79,18 @@ def logits(model: Any, vocab: int = 96) -> torch.Tensor:
     ids = torch.randint(3, vocab, (2, 24), generator=torch.Generator().manual_seed(99))
     out: torch.Tensor = model(input_ids=ids).logits
     return out
+
+
+def assert_told_alike(folder: Path) -> None:
+    """What a run's report says of each linear is what `inspect` and `compare` say: what it is called, and its bits."""
+    from bitpress.compare import describe
+    from bitpress.inspection import inspect_checkpoint
+
+    report, found = json.loads((folder / "report.json").read_text()), inspect_checkpoint(folder)
+    reported = {row["name"]: (row["scheme"], row["bits_per_weight"]) for row in report["layers"]}
+    assert {x.name: (x.scheme, round(x.bits_per_weight, 5)) for x in found.layers} == reported
+    row = describe("it", folder, found)
+    assert row.bits_per_weight == found.bits_per_weight and f"{row.bits_per_weight:.4f}" == (
+        f"{report['totals']['bits_per_weight']:.4f}"
+    )
+    assert row.kind.split(", ", 1)[1] in {scheme for scheme, _ in reported.values()}

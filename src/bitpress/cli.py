@@ -15,13 +15,12 @@ from bitpress.commands.convert import convert
 from bitpress.commands.env import env
 from bitpress.commands.lm_eval import SETTINGS, lm_eval
 from bitpress.commands.report import report
-from bitpress.commands.running import sample, summary, trains, with_run_arguments, written_recipe
+from bitpress.commands.running import place, sample, summary, trains, with_run_arguments, written_recipe
 from bitpress.commands.scan import scan
 from bitpress.commands.staged import apply, train
 from bitpress.entry import main as main
 from bitpress.options import (
     Device,
-    DeviceOption,
     Fresh,
     Generate,
     Json,
@@ -70,7 +69,7 @@ def common(
 @with_run_arguments
 def oneshot(
     arguments: dict[str, Any],
-    output: OutputDir,
+    output: OutputDir = None,
     prompt: Prompts = None,
     generate: Generate = True,
     verbose: Verbose = False,
@@ -80,6 +79,7 @@ def oneshot(
     from bitpress.oneshot import oneshot as run
 
     progress = choose_progress(not quiet, verbose=verbose)
+    output = place(output, arguments, "oneshot")
     result = run(**arguments, output_dir=output, prompts=prompt or (), progress=progress)
     if generate and not prompt:
         sample(result.folder, progress, arguments)
@@ -145,7 +145,7 @@ def evaluate(
     windows: Annotated[int, typer.Option(help="Windows of text.")] = 8,
     length: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
-    device: DeviceOption = Device.auto,
+    device: Device = "auto",
     trust_remote_code: Trust = False,
     trust_pickle: TrustPickle = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing while at work.")] = False,
@@ -156,7 +156,7 @@ def evaluate(
     from bitpress.evaluate import evaluate as run
 
     result = run(
-        base, checkpoint, text=text, windows=windows, length=length, dtype=dtype, device=device.value,
+        base, checkpoint, text=text, windows=windows, length=length, dtype=dtype, device=device,
         trust_remote_code=trust_remote_code, trust_pickle=trust_pickle, on_window=None if quiet else _window,
     )  # fmt: skip
     if as_json:

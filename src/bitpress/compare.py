@@ -15,9 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bitpress.errors import CheckpointError, ConfigError, Faults, NumericsError
+from bitpress.errors import BitpressError, CheckpointError, ConfigError, Faults
 from bitpress.evaluate import check_windows, judge, read_text, stored_bytes, token_ids
-from bitpress.generation import answer, check_prompts, in_memory
+from bitpress.generation import BROKEN, answer, check_prompts, in_memory
 from bitpress.inspection import Inspection
 from bitpress.loading import check_options, load_checkpoint, open_checkpoint, tokenizers_of
 from bitpress.report import versions
@@ -35,7 +35,7 @@ class Compared:
     Attributes:
         name: the last part of its path, or more of it where two would be alike.
         path: as given; "" for a model in memory.
-        kind: method and scheme, such as "compressed-tensors, W4A16 g64".
+        kind: method and scheme, such as "compressed-tensors, W4A16 g64"; "unreadable" if its files do not tell.
         bytes: tensors as stored; of a model in memory, its parameters and buffers.
         bits_per_weight: average over the quantized linears, scales and zero points counted.
         bits_per_parameter: average over everything stored.
@@ -45,15 +45,15 @@ class Compared:
         perplexity, kl, kl_p99, top1: see `bitpress.evaluate.Evaluation`; KL and top-1 are those to the base.
         answers: to each prompt.
         notes: what differs from what was asked.
-        error: why it could not be loaded or judged; None if all went well.
+        error: why it could not be loaded, judged or asked; None if all went well.
     """
 
     name: str
     path: str
     kind: str
-    bytes: int
-    bits_per_weight: float | None
-    bits_per_parameter: float | None
+    bytes: int | None = None
+    bits_per_weight: float | None = None
+    bits_per_parameter: float | None = None
     load_seconds: float | None = None
     tokens_per_second: float | None = None
     generated_per_second: float | None = None
@@ -87,7 +87,7 @@ class Comparison:
 
     @property
     def failed(self) -> tuple[Compared, ...]:
-        """Checkpoints that could not be loaded or judged."""
+        """Checkpoints that could not be loaded, judged or asked."""
         return tuple(c for c in self.checkpoints if c.error is not None)
 
     def to_dict(self) -> dict[str, Any]:
@@ -113,7 +113,8 @@ def compare(
 ) -> Comparison:
     """Hold checkpoints of any formats that transformers loads, or bitpress, against the model they were made from.
 
-    A checkpoint that turns out not to load keeps its place, with its `error`, and the others are judged.
+    A checkpoint that is there and cannot be read, loaded or judged keeps its place, with its `error`; the others are
+    judged.
 
     Args:
         base, checkpoints: folders, hub ids, GGUF files, what `oneshot` returned, or models in memory.
@@ -125,13 +126,10 @@ def compare(
         on_step: is told what is at work.
 
     Raises:
-        ConfigError, DataError, CheckpointError, PlanError: all that is wrong with the arguments, or that a look at
-            the folders tells; or the base cannot be loaded.
-        NumericsError: every checkpoint, or the base, gives NaN.
+        ConfigError, DataError, CheckpointError, PlanError: all that is wrong with the arguments, a place where nothing
+            is among them; or the base, or none of the checkpoints, can be loaded and judged.
     """
     models = (base, *checkpoints)
-    found: list[Inspection | None] = []
-    tokenizers: list[tuple[Any, bool]] = []
     faults = Faults()
     with faults:
         if not checkpoints:
@@ -146,19 +144,17 @@ def compare(
         words, label = read_text(text)
     with faults:
         check_page(html)
-    for model in models:
-        with faults:
-            found.append(None if in_memory(model) else open_checkpoint(model, trust_pickle))
-    if len(found) == len(models):
-        for at in found[1:]:
-            with faults:
-                tokenizers.append(tokenizers_of(tokenizer, [found[0], at], trust_remote_code))
+    opened = _opened(models, tokenizer, trust_remote_code, trust_pickle)
+    lost = [o.error for o in opened[1:] if o.error is not None]
+    nowhere = any(o.error is not None and not there(m) for m, o in zip(models, opened, strict=True))
+    if faults.errors or opened[0].error is not None or nowhere or len(lost) == len(checkpoints):
+        faults.errors += [o.error for o in opened if o.error is not None]
     faults.report()
     work = _Work(
-        models, found, tokenizers, tuple(prompts), max_new_tokens, on_step or (lambda _: None),
+        models, opened, tuple(prompts), max_new_tokens, on_step or (lambda _: None),
         lambda at, notes: load_checkpoint(at, dtype, device, trust_remote_code, notes),
     )  # fmt: skip
-    judged = work.execute(token_ids(tokenizers[0][0], words, label), windows, length)
+    judged = work.execute(token_ids(opened[0].tokenizer, words, label), windows, length)
     result = Comparison(
         base=work.rows[0], checkpoints=tuple(work.rows[1:]), text=label, windows=judged.windows,
         length=judged.length, tokens=judged.tokens, dtype=dtype, prompts=tuple(prompts), versions=versions(),
@@ -178,6 +174,45 @@ def check_page(file: str | Path | None) -> None:
         raise ConfigError(f"html: {file}: is a folder; name a file in it")
     if not Path(file).absolute().parent.is_dir():
         raise ConfigError(f"html: {Path(file).parent}: no such folder; make it first")
+    if not os.access(Path(file) if Path(file).exists() else Path(file).absolute().parent, os.W_OK):
+        raise ConfigError(f"html: {file}: cannot be written; name another file")
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A model before it is loaded.
+
+    Attributes:
+        at: what its folder holds; None of a model in memory, or if it cannot be read.
+        tokenizer, same: see `tokenizers_of`.
+        error: why it cannot be compared.
+    """
+
+    at: Inspection | None = None
+    tokenizer: Any = None
+    same: bool = False
+    error: BitpressError | None = None
+
+
+def _opened(models: Sequence[Any], tokenizer: Any, trust_code: bool, trust_pickle: bool) -> list[_Opened]:
+    """A look at each; a base that cannot be read leaves the others without a tokenizer."""
+    found: list[_Opened] = []
+    for model in models:
+        try:
+            at = None if in_memory(model) else open_checkpoint(model, trust_pickle)
+            if found and found[0].error is not None:
+                found.append(_Opened(at))
+                continue
+            pair = [found[0].at if found else at, at]
+            found.append(_Opened(at, *tokenizers_of(tokenizer, pair, trust_code)))
+        except BitpressError as error:
+            found.append(_Opened(error=error))
+    return found
+
+
+def there(model: Any) -> bool:
+    """Whether a model is in memory, or something lies at its place."""
+    return in_memory(model) or Path(model).expanduser().exists()
 
 
 class _Work:
@@ -186,39 +221,51 @@ class _Work:
     def __init__(
         self,
         models: Sequence[Any],
-        found: Sequence[Inspection | None],
-        tokenizers: Sequence[tuple[Any, bool]],
+        opened: Sequence[_Opened],
         prompts: tuple[str, ...],
         max_new_tokens: int,
         say: Callable[[str], None],
         load: Callable[[Inspection, list[str]], Any],
     ) -> None:
-        self.models, self.found, self.tokenizers = models, found, tokenizers
+        self.models, self.opened = models, opened
         self.prompts, self.max_new_tokens, self.say, self.load = prompts, max_new_tokens, say, load
-        self.rows = [_described(*parts) for parts in zip(_names(found), models, found, strict=True)]
+        paths = [
+            "" if in_memory(m) else os.fspath(m) if o.at is None else o.at.path
+            for m, o in zip(models, opened, strict=True)
+        ]
+        self.rows = [
+            describe(name, model, o.at) if o.error is None
+            else Compared(name=name, path=path, kind="unreadable", error=str(o.error))
+            for name, path, model, o in zip(_names(paths), paths, models, opened, strict=True)
+        ]  # fmt: skip
 
     def execute(self, ids: Tensor, windows: int, length: int) -> Judged:
         """What was judged of the first checkpoint that could be."""
         from transformers import AutoModelForCausalLM
 
         assert AutoModelForCausalLM  # imported now: the time of the first load is that of its files
+        for row in self.rows:
+            if row.error is not None:
+                self.say(f"{row.name}: left out: {row.error}")
         base, first = self._loaded(0), None
-        self._ask(0, base, self.tokenizers[0][0])
+        self._ask(0, base)
         for i in range(1, len(self.models)):
+            if self.opened[i].error is not None:
+                continue
             other = None
             try:
                 other = self._loaded(i)
-                tokens, same = self.tokenizers[i - 1]
-                judged = judge((base, other), ids, same, windows, length, partial(self._at, i))
-                self._ask(i, other, tokens)
-            except (CheckpointError, NumericsError) as error:
-                self._add(i, error=str(error))
-            else:
+                judged = judge((base, other), ids, self.opened[i].same, windows, length, partial(self._at, i))
                 first = first or judged
                 self._add(
                     i, perplexity=judged.perplexities[1], kl=judged.kl, kl_p99=judged.kl_p99, top1=judged.top1,
                     tokens_per_second=judged.speeds[1], notes=(*self.rows[i].notes, *judged.notes),
                 )  # fmt: skip
+                self._ask(i, other)
+            except BitpressError as error:
+                self._add(i, error=str(error))
+            except BROKEN as error:
+                self._add(i, error=f"{type(error).__name__}: {error}")
             finally:
                 del other
                 _free()
@@ -234,7 +281,7 @@ class _Work:
         self.say(f"{self.rows[i].name}: window {window + 1} of {total}")
 
     def _loaded(self, i: int) -> Any:
-        at = self.found[i]
+        at = self.opened[i].at
         if at is None:
             return self.models[i]
         self.say(f"{self.rows[i].name}: loading")
@@ -243,9 +290,10 @@ class _Work:
         self._add(i, load_seconds=time.perf_counter() - start, notes=(*self.rows[i].notes, *notes))
         return loaded
 
-    def _ask(self, i: int, model: Any, tokenizer: Any) -> None:
+    def _ask(self, i: int, model: Any) -> None:
         if not self.prompts:
             return
+        tokenizer = self.opened[i].tokenizer
         self.say(f"{self.rows[i].name}: answering")
         answer(model, tokenizer, self.prompts[0], 2)  # the first call sets caches and kernels up
         answers = [answer(model, tokenizer, prompt, self.max_new_tokens) for prompt in self.prompts]
@@ -253,14 +301,11 @@ class _Work:
         self._add(i, answers=tuple(a.text for a in answers), generated_per_second=speed)
 
 
-def _described(name: str, model: Any, at: Inspection | None) -> Compared:
-    """What is known before it is loaded."""
+def describe(name: str, model: Any, at: Inspection | None) -> Compared:
+    """What is known of a model before it is loaded."""
     if at is None:
-        return Compared(
-            name=name, path="", kind="in memory", bytes=stored_bytes(model), bits_per_weight=None,
-            bits_per_parameter=None,
-        )  # fmt: skip
-    labels = Counter(layer.label for layer in at.layers)
+        return Compared(name=name, path="", kind="in memory", bytes=stored_bytes(model))
+    labels = Counter(layer.scheme for layer in at.layers)
     kinds = [at.method, *([f"{len(labels)} schemes"] if len(labels) > 1 else labels)]
     notes = tuple(at.messages)
     return Compared(
@@ -269,9 +314,9 @@ def _described(name: str, model: Any, at: Inspection | None) -> Compared:
     )  # fmt: skip
 
 
-def _names(found: Sequence[Inspection | None]) -> list[str]:
+def _names(places: Sequence[str]) -> list[str]:
     """A short name for each: as many last parts of its path as tell it from the others."""
-    paths = [Path(f"model {i}" if at is None else at.path).expanduser() for i, at in enumerate(found)]
+    paths = [Path(place or f"model {i}").expanduser() for i, place in enumerate(places)]
     names = []
     for path in paths:
         for count in range(1, len(path.parts) + 1):

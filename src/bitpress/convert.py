@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bitpress.errors import CheckpointError, ConfigError, PlanError, did_you_mean
+from bitpress.errors import CheckpointError, ConfigError, Faults, PlanError, did_you_mean
 from bitpress.progress import Progress, choose_progress
 
 if TYPE_CHECKING:
@@ -49,25 +49,38 @@ def convert(
         CheckpointError: the source is no finished checkpoint, or not one that bitpress reads.
         PlanError: the format cannot hold its linears as they are, or the output folder holds other work.
     """
+    from bitpress import journal
     from bitpress.formats import CHECKPOINTS
     from bitpress.loading import open_checkpoint
 
-    if format not in CHECKPOINTS:
-        raise ConfigError(f"format: {format!r} is unknown.{did_you_mean(str(format), CHECKPOINTS)}")
-    said = choose_progress(progress)
-    found = open_checkpoint(source, trust=False)
-    output = Path(output_dir).expanduser()
-    if output.resolve() == Path(found.path).resolve():
-        raise PlanError(f"{output}: is the checkpoint's own folder; choose another output folder")
-    if found.method == "sparse-24" and format != "dense":
-        raise PlanError(f"{found.path}: 2:4 storage is read back as dense only; convert what it was made from")
-    if found.method == "dense" and format not in ("gguf", "sparse-24"):
-        raise PlanError(
-            f"{found.path}: is not quantized, so there is nothing to convert; use oneshot with --scheme and --format"
-        )
-    if found.method == "gguf":
-        raise PlanError(f"{found.path}: GGUF is not read back; convert the checkpoint that it was made from")
+    said, output, faults = choose_progress(progress), Path(output_dir).expanduser(), Faults()
+    found = None
+    with faults:
+        if format not in CHECKPOINTS:
+            raise ConfigError(f"format: {format!r} is unknown.{did_you_mean(str(format), CHECKPOINTS)}")
+    with faults:
+        found = open_checkpoint(source, trust=False)
+    with faults:
+        if found is not None and output.resolve() == Path(found.path).resolve():
+            raise PlanError(f"{output}: is the checkpoint's own folder; choose another output folder")
+        journal.check(output)
+    with faults:
+        if found is not None and format in CHECKPOINTS and (why := _refusal(found, format)):
+            raise PlanError(f"{found.path}: {why}")
+    faults.report()
+    assert found is not None
     return _run(found, output, format, trust_remote_code, verify, fresh, said)
+
+
+def _refusal(found: Inspection, format: str) -> str:
+    """Why a checkpoint cannot be stored so; empty if it may be."""
+    if found.method == "sparse-24" and format != "dense":
+        return "2:4 storage is read back as dense only; convert what it was made from"
+    if found.method == "dense" and format not in ("gguf", "sparse-24"):
+        return "is not quantized, so there is nothing to convert; use oneshot with --scheme and --format"
+    if found.method == "gguf":
+        return "GGUF is not read back; convert the checkpoint that it was made from"
+    return ""
 
 
 def _run(

@@ -42,7 +42,7 @@ def main() -> None:
         sys.exit(FAULT)
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
-        app()
+        app(prog_name="bitpress")
     except SystemExit as ended:  # also what typer makes of an interrupt
         if ended.code == INTERRUPTED:
             _say(f"interrupted; {AGAIN}")

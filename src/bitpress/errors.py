@@ -94,6 +94,11 @@ class RankError(BitpressError):
     """Another process of the same run has ended or does not answer; the run can be started again and goes on."""
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with what is counted, in one or in many: `1 window`, `2,000 windows`."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A remedy for an unknown name: `" Did you mean 'W4A16'?"`, else the list of known names."""
     names = sorted(known)

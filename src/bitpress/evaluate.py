@@ -15,7 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bitpress.errors import CheckpointError, ConfigError, DataError, NumericsError
+from bitpress.errors import CheckpointError, ConfigError, DataError, NumericsError, counted
 from bitpress.generation import device_of, evaluating, generate, in_memory
 from bitpress.loading import load_checkpoint, load_model, open_checkpoint, tokenizers_of
 
@@ -200,6 +200,11 @@ def judge(
     )
 
 
+def windows_of(windows: int, length: int, text: str) -> str:
+    """What was judged on, in words."""
+    return f"{counted(windows, 'window')} of {'' if windows == 1 else 'up to '}{counted(length, 'token')} of {text}"
+
+
 def check_windows(windows: int, length: int) -> None:
     """ConfigError for windows that there cannot be."""
     if windows < 1 or length < 2:
@@ -249,7 +254,7 @@ def _cut(ids: Tensor, windows: int, length: int, models: Sequence[Any]) -> tuple
     if len(ids) < windows * length:
         last = f", the last of {len(cut[-1])}" if len(cut[-1]) < len(cut[0]) else ""
         notes.append(
-            f"the text has {len(ids)} tokens: {len(cut)} windows of {len(cut[0])}{last} "
+            f"the text has {counted(len(ids), 'token')}: {counted(len(cut), 'window')} of {len(cut[0])}{last} "
             f"in place of {windows} of {length}"
         )
     return cut, notes

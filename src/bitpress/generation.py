@@ -15,6 +15,8 @@ from bitpress.loading import load_checkpoint, open_checkpoint, tokenizers_of
 if TYPE_CHECKING:
     from torch import nn
 
+BROKEN = (RuntimeError, ValueError, LookupError, TypeError, AttributeError)  # of a model that loads but does not run
+
 
 @dataclass(frozen=True)
 class Answer:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bitpress.errors import CheckpointError
+from bitpress.errors import CheckpointError, counted
 from bitpress.recognise import (
     FLOATS,
     METHODS,
@@ -212,7 +212,7 @@ def _pruned(folder: Path) -> str | None:
     if not masked:
         return None
     masks = ", ".join(dict.fromkeys(mask for mask, _ in masked))
-    return f"{len(masked)} linears, {sum(share for _, share in masked) / len(masked):.1%} zeros, {masks}"
+    return f"{counted(len(masked), 'linear')}, {sum(share for _, share in masked) / len(masked):.1%} zeros, {masks}"
 
 
 def declared_dtype(found: Inspection) -> str | None:

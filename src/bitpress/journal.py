@@ -207,13 +207,23 @@ def check(output: Path) -> None:
     """Refuse a place that is not free for a run.
 
     Raises:
-        PlanError: it is a file, or a folder with files that no bitpress run has left.
+        PlanError: it is a file, a folder with files that no bitpress run has left, or where nothing can be written.
     """
-    if output.exists() and not output.is_dir():
-        raise PlanError(f"{output}: is a file; choose a folder")
+    check_place(output)
     ours = (output / WORK).is_dir() or _run_of(output / "report.json") is not None
     if not ours and output.is_dir() and any(output.iterdir()):
         raise PlanError(f"{output}: holds other files, which bitpress does not overwrite: choose another output folder")
+
+
+def check_place(output: Path) -> None:
+    """PlanError if a place is no folder and cannot become one, or cannot be written to."""
+    if os.path.exists(output) and not output.is_dir():
+        raise PlanError(f"{output}: is a file; choose a folder")
+    above = next(p for p in (output.absolute(), *output.absolute().parents) if os.path.exists(p))
+    if not above.is_dir():
+        raise PlanError(f"{output}: {above} is a file; choose another output folder")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise PlanError(f"{output}: {above} cannot be written to; choose another output folder")
 
 
 def _run_of(report: Path) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bitpress.devices import pick_device
 from bitpress.errors import CheckpointError, ConfigError, did_you_mean
 from bitpress.inspection import UNFINISHED, Inspection, inspect_checkpoint, read_config
 
@@ -258,18 +259,7 @@ def check_options(dtype: str, device: str) -> Any:
     """The device that is meant; ConfigError for an unknown dtype, or a device that is not there."""
     if dtype not in DTYPES:
         raise ConfigError(f"dtype: {dtype!r} is unknown.{did_you_mean(str(dtype), DTYPES)}")
-    return _device(device)
-
-
-def _device(name: str) -> Any:
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(f"device: {name!r} cannot be used ({str(error).splitlines()[0]}); try 'cpu'") from None
+    return pick_device(device)
 
 
 def tokenizers_of(given: Any, found: list[Inspection | None], trust: bool) -> tuple[Any, bool]:

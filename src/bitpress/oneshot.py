@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from bitpress import ranks
+from bitpress.devices import working_on
 from bitpress.errors import ConfigError, did_you_mean
 from bitpress.prepare import Prepared, is_path, prepare_together
 from bitpress.progress import Progress, choose_progress
@@ -303,7 +304,8 @@ def run(args: Arguments) -> Any:
             return SavedModel(place)
         if args.prompts and not streamed:
             before = samples.told(ready.subject.model, ready.tokenizer, args.prompts)
-        done = run_stages(args, ready, identity, started)
+        with working_on(ready.device):
+            done = run_stages(args, ready, identity, started)
         if args.verb == "apply" and args.stage is None and not ready.subject.streamed:
             return _loaded_into(args, ready)  # stages may have been finished before
     finally:

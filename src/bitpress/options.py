@@ -42,10 +42,9 @@ class Method(StrEnum):
     rtn = "rtn"
 
 
-class Device(StrEnum):
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
+def complete_device(begun: str) -> list[str]:
+    """For the shell: kinds of devices that begin so."""
+    return [name for name in ("auto", "cpu", "cuda", "cuda:0") if name.startswith(begun)]
 
 
 Model = Annotated[str, typer.Argument(help="Model folder or hub id.", show_default=False)]
@@ -75,8 +74,12 @@ TextColumn = Annotated[str, typer.Option(help="Column that holds the text.")]
 NumSamples = Annotated[int, typer.Option(help="Calibration sequences.")]
 MaxSeqLength = Annotated[int, typer.Option(help="Tokens per sequence.")]
 Pack = Annotated[bool, typer.Option("--pack/--no-pack", help="Join texts into full sequences, or one text each.")]
-OutputDir = Annotated[Path, typer.Option("--output", "-o", help="Where the checkpoint goes.", show_default=False)]
-DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
+OutputDir = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Where the checkpoint goes; needed.", show_default=False)
+]
+Device = Annotated[
+    str, typer.Option(help="Where to compute: auto, cpu, cuda or cuda:N.", autocompletion=complete_device)
+]
 MaxMemory = Annotated[str | None, typer.Option(help="Memory limit of the device, such as 8GiB.")]
 BatchSize = Annotated[int | None, typer.Option(help="Sequences per forward. Default: by memory.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]

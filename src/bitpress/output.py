@@ -129,7 +129,10 @@ class Output:
         self.settle()
         ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
         ready.record()
-        self._waiting = self._writer.submit(self._save_beside, ready, shard, tensors, compared, rows, phases or {})
+        device = torch.cuda.current_device()  # a thread begins at the first
+        self._waiting = self._writer.submit(
+            self._save_beside, device, ready, shard, tensors, compared, rows, phases or {}
+        )
 
     def _parts(self, site: Site, z: Solved) -> dict[str, torch.Tensor]:
         """A linear as it is stored, by suffix."""
@@ -153,8 +156,8 @@ class Output:
         if self._writer is not None:
             self._writer.shutdown()
 
-    def _save_beside(self, ready: torch.cuda.Event, *args: Any) -> None:
-        with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+    def _save_beside(self, device: int, ready: torch.cuda.Event, *args: Any) -> None:
+        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
             ready.wait()
             self._save(*args)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bitpress.devices import pick_device
 from bitpress.effort import asked_for
 from bitpress.errors import ConfigError, Faults, PlanError, RecipeError
 from bitpress.modifiers.quantization import SchemeModifier
@@ -120,6 +121,12 @@ def prepare(args: Arguments) -> Prepared:
             if args.prompts and tokenizer is None and args.tokenizer is None and subject is not None:
                 why = unusable or "give tokenizer"
                 raise ConfigError(f"prompts: need a tokenizer, and the model brings none; {why}")
+        if trains and str(args.device).startswith("cuda:"):
+            with faults:
+                raise ConfigError(
+                    f"device: a stage that trains cannot be sent to '{args.device}', as transformers' Trainer chooses: "
+                    f"set CUDA_VISIBLE_DEVICES={args.device[5:]} and use cuda"
+                )
         if trains and sound:
             with faults:
                 training = preparedata.training_sets(args, subject, tokenizer)
@@ -280,32 +287,6 @@ def _static_without_data(args: Arguments, modifiers: Sequence[Any]) -> list[str]
         for need, (text, remedy) in kinds.items()
         if need in m.needs and isinstance(m, SchemeModifier)  # others read ranges to choose scales that move
     ]
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of a name; "auto" is the GPU if there is one. ConfigError if it is not there."""
-    import torch
-
-    from bitpress import ranks
-
-    several = ranks.world_size() > 1
-    if several and name.startswith("cuda:"):
-        raise ConfigError(
-            f"device: '{name}' cannot be for {ranks.world_size()} processes; use cuda: each takes its own"
-        )
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if several and name == "cuda" and torch.cuda.is_available():
-        name = f"cuda:{ranks.gpu()}"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"device: '{name}' is unknown; use auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device: '{name}' is not supported; use auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device: 'cuda' was asked for, but torch sees no GPU; use cpu or auto")
-    return device
 
 
 def open_subject(args: Arguments) -> Subject:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from bitpress.errors import CheckpointError
 from bitpress.scheme_rules import SCALE_DTYPES
-from bitpress.schemes import PRESETS
+from bitpress.schemes import BLOCKWISE, PRESETS, QuantArgs
 from bitpress.targets import pattern_fault
 
 METHODS = ("compressed-tensors", "gptq", "awq", "bitsandbytes", "fp8", "sparse-24")
@@ -39,7 +39,7 @@ class QuantizedLayer:
     """One quantized linear.
 
     Attributes:
-        scheme: a preset name such as W4A16 (of any group size), else a description such as "int4 channel sym".
+        scheme: what it is called in reports too, see `scheme_label`: "W4A16 g64", "int3 tensor"; in GGUF its type.
         group_size: input columns per scale; None where a scale covers a row or the tensor.
         symmetric: None where neither the configuration nor the format tells.
         activations: how inputs are quantized, such as "int8 token sym dynamic"; None if they are not.
@@ -61,12 +61,6 @@ class QuantizedLayer:
     @property
     def bits_per_weight(self) -> float:
         return 8 * self.bytes / (self.rows * self.columns)
-
-    @property
-    def label(self) -> str:
-        """Scheme and group size in a few words: a preset does not say its group size, the other descriptions do."""
-        known = self.group_size is None or self.scheme not in PRESETS
-        return self.scheme if known else f"{self.scheme} g{self.group_size}"
 
 
 class Stored(NamedTuple):
@@ -91,6 +85,7 @@ class Coding(NamedTuple):
     symmetric: bool | None = None
     dynamic: bool | str | None = None  # None for weights
     scale_dtype: str | None = None  # of MX and NVFP4; others have that of the model
+    rows: int | None = None  # a scale covers, of a block
 
     def __str__(self) -> str:
         words = [f"{self.type}{self.num_bits}", self.strategy]
@@ -140,13 +135,13 @@ def read_layer(
         name=name,
         rows=rows,
         columns=columns,
-        scheme=_scheme_name(weights, activations),
+        scheme=_label(weights, activations),
         num_bits=weights.num_bits,
         group_size=weights.group_size,
         strategy=weights.strategy,
         symmetric=weights.symmetric,
         activations=activations,
-        bytes=sum(t.bytes for part, t in parts.items() if part.startswith(_STORED) and not is_note(part)),
+        bytes=sum(t.bytes for part, t in parts.items() if is_counted(part)),
     )
 
 
@@ -195,14 +190,14 @@ def _sparse(parts: Mapping[str, Stored]) -> Found:
     """2:4: the two kept weights of every four columns."""
     rows, eighths = parts["positions"].shape
     if "scales" not in parts:
-        return rows, 8 * eighths, Coding("float", 16 if parts["values"].dtype != "F32" else 32, "2:4"), None
+        return rows, 8 * eighths, Coding("dense", 16 if parts["values"].dtype != "F32" else 32, "2:4"), None
     strategy, group_size = _layout(parts["scales"].shape, rows, 8 * eighths)
     return rows, 8 * eighths, Coding("int", 4, f"2:4 {strategy}", group_size, "zeros" not in parts), None
 
 
 def _bitsandbytes_4bit(part: str, state: Mapping[str, Any]) -> Found:
     rows, columns = state["shape"]
-    kind = part.removeprefix(_QUANT_STATE).rstrip("4")
+    kind = part.removeprefix(_QUANT_STATE)
     return rows, columns, Coding(kind, 4, "group", int(state["blocksize"])), None
 
 
@@ -227,6 +222,7 @@ def _coding(args: Mapping[str, Any], *, activations: bool) -> Coding:
         num_bits=int(args.get("num_bits") or 8),
         strategy=str(args.get("strategy") or default),
         group_size=int(block[1]) if block else size,
+        rows=int(block[0]) if block else None,
         symmetric=bool(args.get("symmetric", True)),
         dynamic=(args.get("dynamic") or False) if activations else None,
         scale_dtype=own if (own := str(args.get("scale_dtype")).removeprefix("torch.")) in SCALE_DTYPES else None,
@@ -239,17 +235,38 @@ def cache_of(settings: Mapping[str, Any]) -> str | None:
     return str(_coding(args, activations=True)) if isinstance(args, Mapping) else None
 
 
+def scheme_label(weights: QuantArgs, inputs: QuantArgs | None) -> str:
+    """A scheme in a few words, for plans, reports, `inspect` and `compare`: `W4A16 g64`, `W8A8 channel`, `nf4 g64`."""
+    activations = None if inputs is None else str(_coding(inputs.to_dict(), activations=True))
+    return _label(_coding(weights.to_dict(), activations=False), activations)
+
+
 @cache
-def _scheme_name(weights: Coding, activations: str | None) -> str:
-    """The preset that this is, whatever its group size, else a description."""
-    bare = weights._replace(group_size=None)
+def _label(weights: Coding, activations: str | None) -> str:
+    """The preset that this is, in groups of any size or rows, else type and width; then what shares a scale."""
+    if weights.strategy.startswith("2:4"):  # kept weights alone are stored
+        whole = weights._replace(strategy=weights.strategy[3:].strip())
+        return ("dense" if weights.type == "dense" else _label(whole, activations)) + ", 2:4"
+    size = f" {weights.group_size}" if weights.group_size else ""
+    layout = f"g{weights.group_size}" if size and "group" in weights.strategy else f"{weights.strategy}{size}"
+    layout = f"{weights.rows} x{size}" if weights.rows else layout
+    if (name := _preset_of(weights, activations)) is not None:
+        return f"{name} {layout}"
+    kind = weights.type if weights.type in BLOCKWISE else f"{weights.type}{weights.num_bits}"
+    text = f"{kind} {layout}" + (" asym" if weights.symmetric is False else "")
+    return text if activations is None else f"{text}, inputs {activations}"
+
+
+def _preset_of(weights: Coding, activations: str | None) -> str | None:
+    bare = weights._replace(group_size=None, rows=None)
     for name, scheme in PRESETS.items():
         inputs = scheme.input_activations
         known = None if inputs is None else str(_coding(inputs.to_dict(), activations=True))
-        own = _coding(scheme.weights.to_dict(), activations=False)._replace(group_size=None)
-        if (own, known) == (bare, activations):
+        own = _coding(scheme.weights.to_dict(), activations=False)._replace(group_size=None, rows=None)
+        rows = own._replace(strategy="channel") if (own.type, own.strategy) == ("int", "group") else own
+        if bare in (own, rows) and known == activations:
             return name
-    return str(weights) if activations is None else f"{weights} + {activations} activations"
+    return None
 
 
 def config_groups_of(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -297,6 +314,11 @@ def tensor_method(modules: Mapping[str, Mapping[str, Stored]]) -> str | None:
 
 def _packs_rows(parts: Mapping[str, Stored]) -> bool:
     return "g_idx" not in parts and parts["qweight"].shape[1] != parts["scales"].shape[1]
+
+
+def is_counted(part: str) -> bool:
+    """Whether a tensor of a linear counts in its bits per weight: codes, scales, zero points, and what decodes them."""
+    return part.startswith(_STORED) and not is_note(part)
 
 
 def is_note(part: str) -> bool:

@@ -15,14 +15,13 @@ from typing import Any
 
 from bitpress.budget import gib
 from bitpress.errors import BitpressError, CheckpointError
-from bitpress.generation import answer
+from bitpress.generation import BROKEN, answer
 from bitpress.inspection import Inspection
 from bitpress.loading import load_checkpoint, open_checkpoint, tokenizers_of
 from bitpress.report import write_report
 
 PROMPT = "What is the capital of France, and what is it known for?"  # where the user gives none
 NEW_TOKENS = 64
-BROKEN = (RuntimeError, ValueError, LookupError, TypeError, AttributeError)  # a model that runs but cannot generate
 MOST_SECONDS = 10.0  # an answer, where the user gives no prompt
 
 

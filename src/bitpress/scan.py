@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from bitpress import journal as journals
 from bitpress import memory
 from bitpress.curve import PRUNED, Errors, Point, Suggestion, check_reach, curve, suggest, uniform, width_of
+from bitpress.devices import working_on
 from bitpress.errors import ConfigError, Faults, PlanError
 from bitpress.modifiers.quantization import GPTQModifier, SchemeModifier
 from bitpress.progress import Progress, choose_progress
@@ -172,7 +173,8 @@ def _scan(
     check_reach(target, rest, asked[0], asked[1])
     errors = None if output is None or fresh else _held(output, identity)
     if errors is None:
-        errors = _measured(args, ready, replace(target, bits=4.0), measure, identity, output, fresh)
+        with working_on(ready.device):
+            errors = _measured(args, ready, replace(target, bits=4.0), measure, identity, output, fresh)
     else:
         args.progress.note(f"{output}: measured already")
     suggestion = suggest(target, errors, rest, *asked)
@@ -209,8 +211,7 @@ def _check(measure: Any, bits: Any, size: Any, error: Any, group_size: Any) -> N
 
 
 def _check_folder(output: Path) -> None:
-    if output.exists() and not output.is_dir():
-        raise PlanError(f"{output}: is a file; choose a folder")
+    journals.check_place(output)
     ours = (output / FILE).is_file() or (output / journals.WORK).is_dir()
     if output.is_dir() and not ours and any(output.iterdir()):
         raise PlanError(f"{output}: holds other files, which bitpress does not overwrite: choose another output folder")

@@ -19,7 +19,8 @@ from bitpress.modifiers.base import Claim, LinearModifier, PruningModifier, name
 from bitpress.modifiers.quantization import SchemeGroup, SchemeModifier
 from bitpress.modifiers.smoothing import ScaleModifier
 from bitpress.modifiers.tune import TuneModifier
-from bitpress.schemes import BLOCKWISE, QuantArgs, Scheme
+from bitpress.recognise import is_counted, scheme_label
+from bitpress.schemes import BLOCKWISE, Scheme
 from bitpress.subject import Subject, output_head
 from bitpress.targets import LinearName, resolve, specificity
 
@@ -128,31 +129,14 @@ def full_every(sites: Sequence[Site]) -> int:
 
 
 def label(group: SchemeGroup | None) -> str:
-    """A scheme in a few words, for tables: `W4A16 g64`, `int3 channel`; `dense` if there is none."""
-    if group is None:
-        return "dense"
-    args, inputs = group.scheme.weights, group.scheme.input_activations
-    kind = "" if args.symmetric or (group.scheme.name or "").endswith("ASYM") else " asym"
-    if group.scheme.name is not None:
-        return f"{group.scheme.name} {_layout(args)}{kind}"
-    text = f"{args.type}{args.num_bits} {_layout(args)}{kind}"
-    if inputs is None:
-        return text
-    kind = "" if inputs.symmetric else " asym"
-    when = "static" if group.scheme.static_inputs else "dynamic"
-    return f"{text}, inputs {inputs.type}{inputs.num_bits} {_layout(inputs)}{kind} {when}"
-
-
-def _layout(args: QuantArgs) -> str:
-    if args.block_structure is not None:
-        return "{} x {}".format(*args.block_structure)
-    return f"g{args.group_size}" if args.group_size else args.strategy
+    """A scheme in a few words, for tables; `dense` if there is none."""
+    return "dense" if group is None else scheme_label(group.scheme.weights, group.scheme.input_activations)
 
 
 def bits_per_weight(site: Site) -> float:
     """Stored bits per weight, scales and zero points counted."""
     spec = stored_spec(site, compressed=True)
-    mine = [part for name, part in spec.items() if name != "weight_shape" and not name.startswith("input_")]
+    mine = [part for name, part in spec.items() if is_counted(name)]
     stored = sum(t.itemsize * torch.Size(s).numel() for t, s in mine)
     return 8 * stored / (site.rows * site.columns)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bitpress import decision, formats, journal, pipeline, profiles, ranks, report, size_target, tuning
 from bitpress.checkpoint import Source, link_checkpoint
-from bitpress.errors import PlanError
+from bitpress.errors import PlanError, counted
 from bitpress.math.grid import Solved, quantize
 from bitpress.numerics import adopt, frozen, numerics_of
 from bitpress.output import Output, read_site
@@ -212,7 +212,7 @@ def _say(args: Arguments, ready: Prepared, i: int, done: Done, place: Path | Non
     ]
     sizes = {s.name: s.rows * s.columns for s in (*ready.plan.sites, *ready.plan.masked)}
     share = sum(r["sparsity"] * sizes[r["name"]] for r in zeros) / max(1, sum(sizes[r["name"]] for r in zeros))
-    said = f", {share:.2%} of the weights of {len(zeros)} linears are zero" if zeros else ""
+    said = f", {share:.2%} of the weights of {counted(len(zeros), 'linear')} are zero" if zeros else ""
     args.progress.note(f"stage {ready.recipe.stages[i].name}: done{said}" + (f"; saved to {place}" if place else ""))
 
 
@@ -253,7 +253,7 @@ def _run_stage(
         log = ranks.from_first(lambda: journal.Journal(work, identity, new))
         ranks.agreed(log.visible)
         if log.done:
-            args.progress.note(f"{len(log.done)} of {len(plan.shards)} shards are finished; going on from there")
+            args.progress.note(f"{len(log.done)} of {counted(len(plan.shards), 'shard')} finished; going on from there")
         for lap in log.laps:
             done.phases.went_before(lap)
         done.resumed = len(log.done)

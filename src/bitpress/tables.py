@@ -10,6 +10,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from bitpress.errors import counted
+
 if TYPE_CHECKING:
     from bitpress.compare import Compared, Comparison
     from bitpress.evaluate import Evaluation
@@ -22,7 +24,9 @@ if TYPE_CHECKING:
 
 def evaluation_table(result: Evaluation) -> Table:
     """Base and checkpoint side by side; the caption names the text and what differs from the request."""
-    about = f"{result.windows} windows of up to {result.length} tokens of {result.text}"
+    from bitpress.evaluate import windows_of
+
+    about = windows_of(result.windows, result.length, result.text)
     table = Table(caption=Text("\n".join((about, *result.notes))), caption_justify="left")
     for name in ("", "base", "checkpoint", "change"):
         table.add_column(name, justify="left" if name == "" else "right")
@@ -40,7 +44,9 @@ def evaluation_table(result: Evaluation) -> Table:
 
 def comparison_table(result: Comparison) -> RenderableType:
     """A column for the base and each checkpoint; then what each answers to each prompt."""
-    about = f"{result.windows} windows of up to {result.length} tokens of {result.text}, {result.dtype}"
+    from bitpress.evaluate import windows_of
+
+    about = f"{windows_of(result.windows, result.length, result.text)}, in {result.dtype}"
     models = (result.base, *result.checkpoints)
     table = Table(caption=Text(about), caption_justify="left")
     table.add_column("")
@@ -68,7 +74,7 @@ def _or(value: float | None, form: str) -> str:
 # what a comparison says of each model, for the terminal and the page
 COMPARED: dict[str, Callable[[Compared], str]] = {
     "kind": lambda m: m.kind.replace(", ", "\n"),
-    "size": lambda m: size(m.bytes),
+    "size": lambda m: "" if m.bytes is None else size(m.bytes),
     "bits/weight": lambda m: _or(m.bits_per_weight, ".3f"),
     "bits/parameter": lambda m: _or(m.bits_per_parameter, ".2f"),
     "load (s)": lambda m: _or(m.load_seconds, ".2f"),
@@ -123,8 +129,8 @@ def inspection_table(inspection: Inspection, limit: int | None = None) -> Render
     if layers and (limit is None or len(layers) <= limit):
         parts.append(_layer_rows(layers))
     elif layers:
-        counts = Counter(layer.label for layer in layers)
-        parts += [Text(f"{count} layers {label}") for label, count in counts.most_common()]
+        counts = Counter(layer.scheme for layer in layers)
+        parts += [Text(f"{counted(count, 'layer')} {label}") for label, count in counts.most_common()]
         parts.append(_kind_rows(layers))
     parts += [Text(f"note: {message}") for message in inspection.messages]
     return Group(*parts)
@@ -160,10 +166,10 @@ def plan_table(plan: Plan, limit: int | None) -> RenderableType:
     if plan.device_bytes:
         cost.add_row("device memory", f"about {size(plan.device_bytes)}")
     if plan.masked:
-        cost.add_row("zeros kept", f"while training, in {len(plan.masked)} linears")
+        cost.add_row("zeros kept", f"while training, in {counted(len(plan.masked), 'linear')}")
     cost.add_row("calibration data", "; ".join(plan.reads) or "not needed: no forward pass")
     if plan.needs_stats:
-        cost.add_row("batch", f"{plan.batch_size} sequences, hidden states on the {plan.hidden_on}")
+        cost.add_row("batch", f"{counted(plan.batch_size, 'sequence')}, hidden states on the {plan.hidden_on}")
     named = {site.name for site in plan.sites}
     left = [name for name in plan.ignored if name not in named]  # what is only pruned is not quantized, but not left
     cost.add_row("left as they are", Text(", ".join(left[:8]) + (" ..." if len(left) > 8 else "")))
@@ -200,7 +206,7 @@ def report_table(report: Mapping[str, Any], limit: int | None) -> RenderableType
     if totals.get("policies"):
         facts.add_row(
             "policy",
-            f"{totals['policies']} linears of experts took statistics from all tokens; see report.json",
+            f"{counted(totals['policies'], 'linear')} of experts took statistics from all tokens; see report.json",
         )
     return Group(table, facts)
 
@@ -208,8 +214,7 @@ def report_table(report: Mapping[str, Any], limit: int | None) -> RenderableType
 def _facts(inspection: Inspection) -> Table:
     method = inspection.method + (f" ({inspection.format})" if inspection.format else "")
     model = [*inspection.architectures[:1], inspection.model_type, inspection.dtype]
-    files = "1 file" if inspection.shards == 1 else f"{inspection.shards} files"
-    stored = f"{size(inspection.bytes)} in {files}"
+    stored = f"{size(inspection.bytes)} in {counted(inspection.shards, 'file')}"
     if inspection.bits_per_parameter is not None:
         stored += f", {inspection.parameters:,} parameters, {inspection.bits_per_parameter:.2f} bits per parameter"
     rows = {
@@ -224,7 +229,7 @@ def _facts(inspection: Inspection) -> Table:
     }
     if inspection.bits_per_weight is not None:
         rows["quantized"] = (
-            f"{len(inspection.layers)} linears, {size(inspection.quantized_bytes)}, "
+            f"{counted(len(inspection.layers), 'linear')}, {size(inspection.quantized_bytes)}, "
             f"{inspection.bits_per_weight:.3f} bits per weight"
         )
     table = Table.grid(padding=(0, 2))
@@ -241,7 +246,7 @@ def _layer_rows(layers: Sequence[QuantizedLayer]) -> Table:
     table.add_column("bits/weight", justify="right")
     for layer in layers:
         shape = f"{layer.rows} x {layer.columns}"
-        table.add_row(Text(layer.name), shape, layer.label, f"{layer.bits_per_weight:.3f}")
+        table.add_row(Text(layer.name), shape, layer.scheme, f"{layer.bits_per_weight:.3f}")
     return table
 
 
@@ -249,7 +254,7 @@ def _kind_rows(layers: Sequence[QuantizedLayer]) -> Table:
     """One row for each scheme of each kind: the last part of the name, such as q_proj."""
     groups: dict[tuple[str, str], list[QuantizedLayer]] = {}
     for layer in layers:
-        groups.setdefault((layer.name.rpartition(".")[2], layer.label), []).append(layer)
+        groups.setdefault((layer.name.rpartition(".")[2], layer.scheme), []).append(layer)
     table = Table("kind", "scheme")
     for name in ("layers", "weights", "bits/weight"):
         table.add_column(name, justify="right")

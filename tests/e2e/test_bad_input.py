@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import bitpress.output  # before its functions are patched
 from bitpress import CheckpointError, ConfigError, DataError, NumericsError, PlanError, RecipeError, oneshot
+from bitpress.devices import pick_device
+from bitpress.evaluate import load_model
 from conftest import build, save, token_rows
 from helpers import conversations, make_tokenizer
 
@@ -181,7 +183,7 @@ DATA = {
     "missing column": ([{"story": "w1 w2", "id": 3}], {}, ["no column 'text'", "Columns: story, id"]),
     "missing named column": ([{"story": "w1", "id": 3}], {"text_column": "stori"}, ["'stori'", "Did you mean 'story'"]),
     "empty": ([], {}, ["empty"]),
-    "without tokens": ([{"input_ids": []}], {}, ["empty", "none of 1 rows has a token"]),
+    "without tokens": ([{"input_ids": []}], {}, ["empty", "none of 1 row has a token"]),
     "no chat template": (conversations(3), {}, ["messages", "no chat template", "set tokenizer.chat_template"]),
     "ids of another model": ([{"input_ids": [5, 96]}], {}, ["token id 96, but the model embeds 96"]),
     "negative ids": ([{"input_ids": [5, -100]}], {}, ["negative id -100"]),
@@ -444,6 +446,36 @@ def test_devices_that_are_not_there(shared, tmp_path, monkeypatch, no_weights):
     refused(ConfigError, words, tmp_path / "out", shared, ROWS, W4, device="cuda")
     refused(ConfigError, ["'cuad' is unknown"], tmp_path / "out", shared, ROWS, W4, device="cuad")
     refused(ConfigError, ["'mps' is not supported"], tmp_path / "out", shared, ROWS, W4, device="mps")
+    refused(ConfigError, ["'cuda:x' is unknown"], tmp_path / "out", shared, ROWS, W4, device="cuda:x")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device("cuda:1") == torch.device("cuda", 1) and pick_device("auto") == torch.device("cuda")
+    for call in (pick_device, lambda name: load_model(shared, device=name)):
+        with pytest.raises(ConfigError, match=r"'cuda:2' was asked for, but torch sees 2 GPUs, from cuda:0 on"):
+            call("cuda:2")
+
+
+def test_the_output_is_checked_with_all_else(base, tmp_path, monkeypatch, capsys, no_weights):
+    words = [base, "--scheme", "W4A61", "--num-samples", "0"]
+    wrong = ["4 problems", "GPTQModifier.scheme: 'W4A61' is unknown", "num_calibration_samples: must be", "none.jsonl"]
+    (tmp_path / "file").write_text("")
+    for place, said in [
+        ([], "--output: missing; name the folder"),
+        (["-o", tmp_path / "file"], "is a file; choose a folder"),
+        (["-o", tmp_path / "file/out"], "file is a file; choose another output folder"),
+        (["-o", base], "is the model's own folder"),
+    ]:
+        code, _, err = cli(monkeypatch, capsys, "oneshot", *words, "--dataset", "none.jsonl", *place)
+        assert code == 1 and all(text in err for text in (*wrong, said)), err
+    for verb in ("train", "apply"):
+        code, _, err = cli(monkeypatch, capsys, verb, base, "--dataset", "none.jsonl")
+        assert code == 1 and all(
+            w in err for w in ("3 problems", "--output: missing", "--recipe: missing", "none.jsonl")
+        )
+    code, _, err = cli(monkeypatch, capsys, "convert", tmp_path / "nowhere", tmp_path / "file", "--format", "gptqq")
+    assert code == 1 and all(w in err for w in ("3 problems", "Did you mean 'gptq'", "nowhere", "is a file")), err
+    monkeypatch.setattr("os.access", lambda *_: False)
+    refused(PlanError, [f"{tmp_path} cannot be written to"], tmp_path / "out", base, ROWS, W4)
 
 
 @pytest.mark.parametrize("size", ["much", "8XB", "-3GiB", "0"])
@@ -494,6 +526,7 @@ def cli(monkeypatch, capsys, *words):
         (1, "ConfigError: --group-size: cannot go with --bits", ["--bits", "4.5", "--group-size", "0"]),
         (1, "DataError: none.jsonl: no such file", ["--scheme=W8A16", "--group-size=16", "--dataset=none.jsonl"]),
         (1, "PlanError: one block needs", ["--scheme", "W4A16", "--group-size", "16", "--max-memory", "1MiB"]),
+        (1, "ConfigError: device: 'cuda:3' was asked for", ["--scheme=W8A16", "--group-size=16", "--device=cuda:3"]),
         (2, "Invalid value for '--num-samples'", ["--scheme", "W4A16", "--num-samples", "many"]),
         (2, "No such option", ["--scheme", "W4A16", "--sheme", "W8A16"]),
         (2, "Invalid value for '--method'", ["--scheme", "W4A16", "--method", "gtpq"]),

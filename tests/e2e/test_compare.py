@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 
 import pytest
@@ -106,11 +107,56 @@ def test_what_cannot_be_loaded_keeps_its_place(place, tmp_path):
     assert found.failed[0].kl is None and found.checkpoints[1].kl > 0
     with pytest.raises(CheckpointError, match=r"broken: .*missing"):
         compare(place / "base", broken, **KEYS)
-    words = [str(p) for p in (place / "base", broken, place / "int4")]
+    files = broken_files(place, tmp_path)
+    found = compare(place / "base", *files.values(), place / "int4", prompts=PROMPTS[:1], max_new_tokens=2, **KEYS)
+    for row, reason in zip(found.checkpoints, files, strict=False):
+        assert row.name == files[reason].name and reason in row.error and row.kl is None and row.bytes is None
+        assert row.kind == "unreadable"
+    assert found.checkpoints[-1].error is None and len(found.failed) == len(files)
+    with pytest.raises(CheckpointError) as caught:  # none is left
+        compare(place / "base", *files.values(), **KEYS)
+    assert len(caught.value.problems) == len(files)
+    words = [str(p) for p in (place / "base", broken, *files.values(), place / "int4")]
     page = tmp_path / "page.html"
     done = CliRunner().invoke(app, ["compare", *words, "--windows", "1", "--length", "20", "--html", str(page)])
-    assert done.exit_code == 1 and "failed: broken" in done.stdout
-    assert "broken" in page.read_text() and 'id="failed"' in page.read_text()
+    assert done.exit_code == 1 and "cut: left out: " in done.stderr
+    assert "1 window of 20 tokens" in page.read_text() and 'id="failed"' in page.read_text()
+    for name in ("broken", *(file.name for file in files.values())):
+        assert f"failed: {name}: " in done.stdout and f"<li>{name}: " in page.read_text()
+
+
+def broken_files(place, tmp_path):
+    """Checkpoints with a fault in a file, by a word of what is said of it."""
+
+    def copy(name):
+        return shutil.copytree(place / "int4", tmp_path / name)
+
+    cut, gone, config, words, half = map(copy, ("cut", "gone", "config", "words", "half"))
+    shard = next(cut.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    next(gone.glob("*.safetensors")).unlink()
+    (config / "config.json").write_text("{")
+    (words / "tokenizer.json").write_text('{"version"')
+    (half / "config.json").unlink()
+    return {
+        "its header asks for": cut, "not there": gone, "cannot be read": config, "tokenizer cannot be loaded": words,
+        "no config.json": half,
+    }  # fmt: skip
+
+
+def test_one_that_cannot_answer_keeps_its_figures(place, monkeypatch):
+    real, asked = sys.modules["bitpress.compare"].answer, []
+
+    def answer(model, *more):
+        asked.append(model)
+        if len(asked) == 6:  # the second model, in its second answer (the first call warms up)
+            raise RuntimeError("no such kernel")
+        return real(model, *more)
+
+    monkeypatch.setattr(sys.modules["bitpress.compare"], "answer", answer)
+    found = compare(place / "base", place / "int4", place / "pruned", prompts=PROMPTS, max_new_tokens=2, **KEYS)
+    assert found.checkpoints[0].error == "RuntimeError: no such kernel" and found.checkpoints[0].kl > 0
+    assert found.checkpoints[1].error is None and found.checkpoints[1].answers
 
 
 def test_all_faults_come_at_once_and_before_any_load(place, tmp_path, monkeypatch):
@@ -129,7 +175,7 @@ def test_all_faults_come_at_once_and_before_any_load(place, tmp_path, monkeypatc
     tokens.add_tokens(["more"])
     tokens.save_pretrained(other)
     with pytest.raises(CheckpointError, match="its tokenizer is not that of"):
-        compare(place / "base", place / "int4", other)
+        compare(place / "base", other)
 
 
 def test_prompts_from_a_file(place, tmp_path):

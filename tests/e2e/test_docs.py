@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 
+from bitpress.cli import app
 from bitpress.modifiers import MODIFIERS
 from bitpress.schemes import PRESETS
 from conftest import build, save
@@ -85,6 +87,16 @@ def test_the_table_of_schemes_is_whole(hooks):
         assert f"| `{name}` |" in page
     row = next(line for line in page.splitlines() if line.startswith("| `W3A16` |"))
     assert "int3" in row and "pack-quantized" in row and "vLLM serves 4 and 8 bits only" in row
+
+
+def test_the_reference_of_commands_is_whole(hooks):
+    page = hooks.on_page_markdown((DOCS / "command-line.md").read_text())
+    for name, command in typer.main.get_command(app).commands.items():
+        part = page.split(f"### bitpress {name}\n")[1].split("\n### ")[0]
+        for option in command.params:
+            for word in option.opts if option.param_type_name == "argument" else (*option.opts, *option.secondary_opts):
+                assert word.upper() in part or f"`{word}`" in part, (name, word)
+            assert option.hidden or option.help, f"{name}: {option.name} says nothing"
 
 
 def test_links_out_of_the_documentation_become_text(hooks):

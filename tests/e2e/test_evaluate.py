@@ -288,7 +288,7 @@ def test_names_in_tables_are_folded_and_never_cut(place, tmp_path):
     oneshot(place / "base", None, wanted, output_dir=tmp_path / "out")
     found = inspect_checkpoint(tmp_path / "out")
     report = json.loads((tmp_path / "out/report.json").read_text())
-    assert {layer.scheme for layer in found.layers} == {"W4A16"}
+    assert {layer.scheme for layer in found.layers} == {"W4A16 g16"}
     for table in (report_table(report, None), inspection_table(found)):
         console = Console(width=80, soft_wrap=True)
         with console.capture() as captured:

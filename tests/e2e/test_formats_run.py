@@ -82,7 +82,7 @@ def test_what_config_and_inspect_say_of_gptq(base, tmp_path):
     assert settings["modules_in_block_to_quantize"] == [inside]
     found = inspect_checkpoint(folder)
     assert (found.method, found.format, len(found.layers)) == ("gptq", "gptq", 12)
-    assert {(x.scheme, x.symmetric, x.group_size) for x in found.layers} == {("W4A16", True, 16)}
+    assert {(x.scheme, x.symmetric, x.group_size) for x in found.layers} == {("W4A16 g16", True, 16)}
 
 
 def test_linears_that_clients_fuse_are_also_named_together(base, tmp_path):

@@ -12,7 +12,7 @@ from bitpress.loading import load_model
 from bitpress.modifiers.quantization import BitsAndBytesModifier, QuantizationModifier
 from bitpress.transformers import SparseAutoModelForCausalLM
 from conftest import build, save, token_rows
-from helpers import assert_same_tensors, logits, make_tokenizer, tensors
+from helpers import assert_same_tensors, assert_told_alike, logits, make_tokenizer, tensors
 
 
 def byte_pairs(folder):
@@ -108,6 +108,7 @@ def test_transformers_reads_bitsandbytes_with_no_configuration_given(base, tmp_p
     kind = keys.get("quant_type", "nf4")
     found = inspect_checkpoint(folder)
     assert (found.method, found.format, len(found.layers)) == ("bitsandbytes", kind, 14)
+    assert_told_alike(folder)
     report = json.loads((folder / "report.json").read_text())
     assert report["totals"]["output_bytes"] == sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     theirs = AutoModelForCausalLM.from_pretrained(folder)

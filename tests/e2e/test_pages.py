@@ -48,6 +48,9 @@ def test_a_report_can_be_read(place, opened):
     page = opened.new_page()
     page.goto((place / "out/report.html").as_uri())
     assert page.locator("h1").inner_text() == "out: how it was compressed"
+    page.set_viewport_size({"width": 390, "height": 844})  # a phone has room for all kinds of layers
+    wide = page.locator("#layer-by-layer .wide").first.evaluate("e => [e.scrollWidth, e.clientWidth]")
+    assert wide[0] <= wide[1]
     cells = page.locator("#layer-by-layer table.heat").first.locator("tbody tr")
     assert cells.count() == 4 and cells.first.locator("td").count() == 7
     assert page.locator("#kinds-of-layers tbody tr").count() == 7

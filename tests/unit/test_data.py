@@ -143,7 +143,7 @@ def test_less_than_one_sequence_gives_a_short_one() -> None:
 def test_unpacked_rows_stay_apart_with_special_tokens_and_are_truncated() -> None:
     data = load([words(0, 2), words(10, 9), "", words(20, 2)], pack=False)
     assert lists(data) == [[BOS, *ids(0, 2)], [BOS, *ids(10, 3)], [BOS, *ids(20, 2)]]
-    assert "1 rows without tokens were skipped" in data.notes
+    assert "skipped: 1 row without tokens" in data.notes
     assert "asked for 8 sequences, the data gives 3" in data.notes
     assert data.summary["packed"] is False
 
@@ -253,7 +253,7 @@ def test_input_ids_are_truncated_never_joined_and_need_no_tokenizer() -> None:
     data = load(rows, tokenizer=None)
     assert lists(data) == [[5, 6], [7, 8, 9, 10], [1, 2]]
     assert [b.tolist() for b in data.batches(8)] == [[[7, 8, 9, 10]], [[5, 6], [1, 2]]]
-    assert data.notes == ("asked for 8 sequences, the data gives 3", "1 rows without tokens were skipped")
+    assert data.notes == ("asked for 8 sequences, the data gives 3", "skipped: 1 row without tokens")
     assert data.summary["packed"] is False
 
 
@@ -325,7 +325,7 @@ def test_messages_in_another_column() -> None:
 def test_empty_conversation_is_skipped() -> None:
     data = load([{"messages": []}, {"messages": TURNS}], tokenizer=CHAT, max_seq_length=5)
     assert lists(data) == [TURN_IDS]
-    assert "1 rows without tokens were skipped" in data.notes
+    assert "skipped: 1 row without tokens" in data.notes
 
 
 def test_bad_messages() -> None:

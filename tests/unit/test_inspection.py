@@ -104,7 +104,7 @@ def test_pack_quantized(tmp_path):
     path = folder(tmp_path, tensors, compressed([{"targets": ["Linear"], "weights": INT4}]))
     found, layer = inspect_checkpoint(path), the_layer(path)
     assert (found.method, found.format, found.ignored) == ("compressed-tensors", "pack-quantized", ("lm_head",))
-    assert (layer.scheme, layer.num_bits, layer.group_size) == ("W4A16", 4, G)
+    assert (layer.scheme, layer.num_bits, layer.group_size) == (f"W4A16 g{G}", 4, G)
     assert (layer.strategy, layer.symmetric, layer.activations) == ("group", True, None)
     assert layer.bits_per_weight == found.bits_per_weight == 4 + 16 / G
     assert found.parameters == R * C + R + 80  # neither words, scales nor the shape are parameters
@@ -118,15 +118,15 @@ def test_columns_come_from_the_stored_shape(tmp_path, columns):
     group = {"targets": ["Linear"], "weights": {**INT4, "strategy": "channel", "group_size": None}}
     path = folder(tmp_path, packed(groups=1, columns=columns), compressed([group]))
     (layer,) = inspect_checkpoint(path).layers
-    assert (layer.columns, layer.scheme) == (columns, "int4 channel sym")
+    assert (layer.columns, layer.scheme) == (columns, "W4A16 channel")
 
 
 def test_asymmetric_counts_zero_points(tmp_path):
     group = {"targets": ["Linear"], "weights": {**INT4, "symmetric": False}}
     layer = the_layer(folder(tmp_path, packed(zero_point=True), compressed([group])))
-    assert (layer.scheme, layer.bits_per_weight) == ("W4A16_ASYM", 4 + (16 + 4) / G)
+    assert (layer.scheme, layer.bits_per_weight) == (f"W4A16_ASYM g{G}", 4 + (16 + 4) / G)
     silent = folder(tmp_path / "silent", packed(zero_point=True))
-    assert the_layer(silent).scheme == "W4A16_ASYM"
+    assert the_layer(silent).scheme == f"W4A16_ASYM g{G}"
 
 
 def test_int_quantized(tmp_path):
@@ -136,11 +136,11 @@ def test_int_quantized(tmp_path):
     }
     group = {"targets": ["Linear"], "weights": INT8, "input_activations": TOKEN}
     layer = the_layer(folder(tmp_path, tensors, compressed([group], "int-quantized")))
-    assert (layer.scheme, layer.activations) == ("W8A8", "int8 token sym dynamic")
+    assert (layer.scheme, layer.activations) == ("W8A8 channel", "int8 token sym dynamic")
     assert layer.bits_per_weight == 8 + 16 / C
     static = {**group, "input_activations": {**TOKEN, "strategy": "tensor", "dynamic": False}}
     layer = the_layer(folder(tmp_path, tensors, compressed([static], "int-quantized")))
-    assert layer.scheme == "int8 channel sym + int8 tensor sym static activations"
+    assert layer.scheme == "int8 channel, inputs int8 tensor sym static"
 
 
 def test_groups_are_found_by_name_then_expression_then_class(tmp_path):
@@ -154,11 +154,11 @@ def test_groups_are_found_by_name_then_expression_then_class(tmp_path):
     path = folder(tmp_path, tensors, compressed(groups, ignore=["re:.*k_proj"]))
     schemes = {layer.name: layer.scheme for layer in inspect_checkpoint(path).layers}
     assert schemes == {
-        "a.0.q_proj": "W4A16",
-        "a.1.q_proj": "W4A16",
-        "a.2.v_proj": "W4A16",
-        "a.3.k_proj": "W4A16",  # ignored, though packed: told from its shapes
-        "a.10.v_proj": "W4A16",
+        "a.0.q_proj": f"W4A16 g{G}",
+        "a.1.q_proj": "W4A16 g32",
+        "a.2.v_proj": "W4A16 g64",
+        "a.3.k_proj": f"W4A16 g{G}",  # ignored, though packed: told from its shapes
+        "a.10.v_proj": "W4A16 g64",
     }
     assert list(schemes)[-1] == "a.10.v_proj"  # in the order of the numbers
 
@@ -167,7 +167,7 @@ def test_gptq_by_config_and_by_tensors(tmp_path):
     named = folder(tmp_path / "a", gptq(), {"quant_method": "gptq", "bits": 4, "group_size": G, "sym": True})
     silent = folder(tmp_path / "b", gptq(bits=8))
     assert inspect_checkpoint(named).method == inspect_checkpoint(silent).method == "gptq"
-    assert (the_layer(named).scheme, the_layer(silent).scheme) == ("W4A16", "int8 group 128")
+    assert (the_layer(named).scheme, the_layer(silent).scheme) == (f"W4A16 g{G}", f"int8 g{G}")
     assert the_layer(silent).symmetric is None
     assert the_layer(named).bits_per_weight == 4 + 16 / G + 4 / G + 32 / R  # scales, zero points, g_idx
     assert "names no quantization" in inspect_checkpoint(silent).messages[0]
@@ -176,13 +176,13 @@ def test_gptq_by_config_and_by_tensors(tmp_path):
 
 def test_awq(tmp_path):
     path = folder(tmp_path / "a", awq(), {"quant_method": "awq", "bits": 4, "zero_point": True})
-    assert (inspect_checkpoint(path).method, the_layer(path).scheme) == ("awq", "W4A16_ASYM")
+    assert (inspect_checkpoint(path).method, the_layer(path).scheme) == ("awq", f"W4A16_ASYM g{G}")
     assert inspect_checkpoint(folder(tmp_path / "b", awq())).method == "awq"
 
 
 def test_bitsandbytes(tmp_path):
     path = folder(tmp_path / "a", nf4(), {"quant_method": "bitsandbytes", "load_in_4bit": True})
-    assert (inspect_checkpoint(path).method, the_layer(path).scheme) == ("bitsandbytes", "nf4 group 64")
+    assert (inspect_checkpoint(path).method, the_layer(path).scheme) == ("bitsandbytes", "nf4 g64")
     assert 4.5 <= the_layer(path).bits_per_weight < 4.6
     eight = {
         f"{NAME}.weight": torch.zeros(R, C, dtype=torch.int8),
@@ -199,7 +199,7 @@ def test_fp8_blocks(tmp_path):
     }
     path = folder(tmp_path, tensors, {"quant_method": "fp8", "activation_scheme": "dynamic"})
     assert inspect_checkpoint(path).method == "fp8"
-    assert the_layer(path).scheme == "float8 block 128 sym + float8 dynamic activations"
+    assert the_layer(path).scheme == "float8 block 128, inputs float8 dynamic"
 
 
 def test_dense_beside_scales(tmp_path):
@@ -208,7 +208,7 @@ def test_dense_beside_scales(tmp_path):
         f"{NAME}.weight_scale": torch.zeros(R, C // G, dtype=torch.bfloat16),
     }
     path = folder(tmp_path, tensors, compressed([{"targets": ["Linear"], "weights": INT4}]))
-    assert the_layer(path).scheme == "W4A16" and the_layer(path).bits_per_weight > 16
+    assert the_layer(path).scheme == f"W4A16 g{G}" and the_layer(path).bits_per_weight > 16
     assert any("stored dense" in message for message in inspect_checkpoint(path).messages)
 
 

@@ -121,7 +121,7 @@ def test_padding():
 def test_what_has_no_answer_is_left_out_and_told(tokenizer):
     rows = [{"messages": CHAT}, {"messages": CHAT[:1]}]
     data, _ = read(rows, tokenizer, pack=False)
-    assert len(data) == 1 and any("1 sequences without an answer" in n for n in data.notes)
+    assert len(data) == 1 and any("left out: 1 sequence without an answer" in n for n in data.notes)
     with pytest.raises(DataError, match="nothing to learn from: all of it is prompts"):
         read(rows[1:], tokenizer, pack=False)
     with pytest.raises(DataError, match="row 0: labels must be the input_ids"):

@@ -9,7 +9,6 @@ import typer
 
 from bitpress.options import (
     Device,
-    DeviceOption,
     Json,
     PromptFile,
     Prompts,
@@ -34,7 +33,7 @@ def compare(
     windows: Annotated[int, typer.Option(help="Windows of text.")] = 8,
     length: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
-    device: DeviceOption = Device.auto,
+    device: Device = "auto",
     html: Annotated[Path | None, typer.Option(help="Also write a page to this file.")] = None,
     trust_remote_code: Trust = False,
     trust_pickle: TrustPickle = False,
@@ -47,7 +46,7 @@ def compare(
 
     result = run(
         base, *checkpoints, prompts=[*(prompt or ()), *read_prompts(prompts)], max_new_tokens=max_new_tokens,
-        text=text, windows=windows, length=length, dtype=dtype, device=device.value,
+        text=text, windows=windows, length=length, dtype=dtype, device=device,
         trust_remote_code=trust_remote_code, trust_pickle=trust_pickle, html=html,
         on_step=None if quiet else lambda step: err.print(step, highlight=False, markup=False),
     )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from bitpress.errors import ConfigError
-from bitpress.options import Device, DeviceOption, PromptFile, Prompts, Trust, TrustPickle, out, read_prompts
+from bitpress.options import Device, PromptFile, Prompts, Trust, TrustPickle, out, read_prompts
 
 
 def report(
@@ -16,7 +16,7 @@ def report(
     base: Annotated[str | None, typer.Option(help="The model that it was made from. Default: as reported.")] = None,
     prompt: Prompts = None,
     prompts: PromptFile = None,
-    device: DeviceOption = Device.auto,
+    device: Device = "auto",
     trust_remote_code: Trust = False,
     trust_pickle: TrustPickle = False,
 ) -> None:
@@ -32,7 +32,7 @@ def report(
         write_report(folder, held, samples.recipe_of(folder))
     else:
         why = samples.add(
-            folder, base, asked, device=device.value, trust_remote_code=trust_remote_code, trust_pickle=trust_pickle
+            folder, base, asked, device=device, trust_remote_code=trust_remote_code, trust_pickle=trust_pickle
         )
         if why:
             raise ConfigError(why)

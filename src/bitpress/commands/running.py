@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Collection, Mapping
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from bitpress.errors import BitpressError, ConfigError
+from bitpress.errors import BitpressError, ConfigError, Faults
 from bitpress.options import (
     BatchSize,
     Bits,
@@ -16,7 +17,6 @@ from bitpress.options import (
     DatasetConfig,
     Dense,
     Device,
-    DeviceOption,
     EffortChoice,
     EffortOption,
     FormatName,
@@ -64,7 +64,7 @@ def run_arguments(
     num_samples: NumSamples = 512,
     max_seq_length: MaxSeqLength = 2048,
     pack: Pack = True,
-    device: DeviceOption = Device.auto,
+    device: Device = "auto",
     max_memory: MaxMemory = None,
     batch_size: BatchSize = None,
     dtype: ModelDtype = None,
@@ -86,7 +86,7 @@ def run_arguments(
         "model": model, "dataset": dataset, "recipe": written,
         "bits": bits, "splits": split, "dataset_config_name": dataset_config, "text_column": text_column,
         "num_calibration_samples": num_samples, "max_seq_length": max_seq_length, "concatenate_data": pack,
-        "stage": stage, "save_compressed": not dense, "format": format, "device": device.value,
+        "stage": stage, "save_compressed": not dense, "format": format, "device": device,
         "max_memory": max_memory, "batch_size": batch_size, "dtype": dtype, "propagate": propagate, "seed": seed,
         "verify": verify, "resume": resume, "fresh": fresh,
         "trust_remote_code_model": trust_remote_code, "trust_remote_code_data": trust_remote_code,
@@ -143,6 +143,27 @@ def written_recipe(
     if recipe is not None and not Path(recipe).is_file():
         return ConfigError(f"--recipe: {recipe}: no such file")
     return found if recipe is None else Path(recipe)
+
+
+def place(output: Path | None, arguments: Mapping[str, Any], verb: Literal["oneshot", "train", "apply"]) -> Path:
+    """Where a run writes; that it was not said is told with all that is wrong besides."""
+    if output is not None:
+        return output
+    from bitpress.apply import RUN
+    from bitpress.oneshot import Arguments
+    from bitpress.prepare import prepare
+    from bitpress.training.arguments import split_options
+
+    first = {name: arguments[name] for name in ("model", "dataset", "recipe", "stage")}
+    mine, training = split_options({k: v for k, v in arguments.items() if k not in first}, RUN)
+    faults = Faults()
+    with faults:
+        raise ConfigError("--output: missing; name the folder that the checkpoint goes to")
+    with faults:
+        nowhere = Path(f"bitpress-plan-{os.getpid()}")
+        prepare(Arguments(**first, **mine, training=training, output_dir=nowhere, verb=verb)).subject.close()
+    faults.report()
+    raise AssertionError
 
 
 def trains(recipe: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from bitpress.commands.running import sample, summary, with_run_arguments
+from bitpress.commands.running import place, sample, summary, with_run_arguments
 from bitpress.options import Generate, OutputDir, Quiet, Verbose
 from bitpress.progress import choose_progress
 
@@ -106,7 +106,7 @@ NO_ARGUMENTS = ("bits", "max_memory", "batch_size", "num_calibration_samples", "
 
 def _train(
     arguments: dict[str, Any],
-    output: OutputDir,
+    output: OutputDir = None,
     generate: Generate = True,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -119,6 +119,7 @@ def _train(
     from bitpress.train import train as run
 
     given = {name: value for name, value in arguments.items() if name not in NO_ARGUMENTS}
+    output = place(output, given, "train")
     progress = choose_progress(not quiet, verbose=verbose)
     result = run(**given, output_dir=output, progress=progress)
     if generate:
@@ -129,7 +130,7 @@ def _train(
 
 def _apply(
     arguments: dict[str, Any],
-    output: OutputDir,
+    output: OutputDir = None,
     generate: Generate = True,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -140,6 +141,7 @@ def _apply(
     """
     from bitpress.apply import apply as run
 
+    output = place(output, arguments, "apply")
     progress = choose_progress(not quiet, verbose=verbose)
     result = run(**arguments, output_dir=output, progress=progress)
     if generate:

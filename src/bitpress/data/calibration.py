@@ -16,7 +16,7 @@ from bitpress.data.local import cause_of
 from bitpress.data.rows import Reader, choose_reader
 from bitpress.data.sources import CHUNK, Source, Wanted, default_text, open_source, read_rows
 from bitpress.data.splits import calibration_split
-from bitpress.errors import DataError
+from bitpress.errors import DataError, counted
 
 __all__ = ["CalibrationData", "default_text", "load_calibration"]
 
@@ -151,11 +151,11 @@ def load_calibration(
     else:
         sequences = [unit[:max_seq_length].clone() for _, unit in zip(range(num_samples), units, strict=False)]
     if not sequences:
-        raise DataError(f"{source.name}: empty: none of {skipped.count} rows has a token. Check the data.")
+        raise DataError(f"{source.name}: empty: none of {counted(skipped.count, 'row')} has a token. Check the data.")
 
     notes += _shortage(sequences, num_samples, max_seq_length, pack)
     if skipped.count:
-        notes.append(f"{skipped.count} rows without tokens were skipped")
+        notes.append(f"skipped: {counted(skipped.count, 'row')} without tokens")
     summary = _summary(source, sequences, pack, shuffle and not source.ordered, seed)
     return CalibrationData(tuple(sequences), summary, tuple(notes))
 
@@ -279,7 +279,7 @@ def _shortage(sequences: list[Tensor], count: int, length: int, packed: bool) ->
     else:
         return []
     size = f" of {length} tokens" if packed else ""
-    return [f"asked for {count} sequences{size}, the data gives {given}"]
+    return [f"asked for {counted(count, 'sequence')}{size}, the data gives {given}"]
 
 
 def _summary(source: Source, sequences: list[Tensor], packed: bool, shuffled: bool, seed: int) -> dict[str, Any]:

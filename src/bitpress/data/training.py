@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from bitpress.data.calibration import check_positive, preprocessed, separator_ids
 from bitpress.data.rows import Reader, Span, as_vector, choose_reader
 from bitpress.data.sources import CHUNK, Wanted, open_source, read_rows
-from bitpress.errors import DataError
+from bitpress.errors import DataError, counted
 
 NO_LABEL = -100  # what losses leave out
 Unit = np.ndarray[Any, np.dtype[np.int32]]  # ids of one document; -1 - id where there is no label
@@ -138,7 +138,7 @@ def load_training(
         why = prompts if written.silent else "no row has two tokens"
         raise DataError(f"{source.name}: nothing to learn from: {why}. Check the data, or mask_prompts=False.")
     if written.silent:
-        notes.append(f"{written.silent} sequences without an answer were left out")
+        notes.append(f"left out: {counted(written.silent, 'sequence')} without an answer")
     summary = {
         "source": source.name, "split": source.split, "sequences": written.sequences, "tokens": int(written.starts[-1]),
         "labels": written.labels, "packed": pack, "fingerprint": written.digest,

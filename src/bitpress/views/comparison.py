@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bitpress.compare import Compared, Comparison
+from bitpress.evaluate import windows_of
 from bitpress.tables import COMPARED
 from bitpress.views.page import Cell, Html, answers, bullets, page, paragraph, safe, section, table, versions
 
@@ -13,7 +14,7 @@ _BARRED = {"size": "bytes", "KL, mean (nats)": "kl", "forward (tokens/s)": "toke
 def comparison_page(result: Comparison) -> str:
     """The page: figures, answers side by side, what failed, notes, versions."""
     models = (result.base, *result.checkpoints)
-    about = f"{result.windows} windows of up to {result.length} tokens of {result.text}, in {result.dtype}"
+    about = f"{windows_of(result.windows, result.length, result.text)}, in {result.dtype}"
     parts = [section("Figures", _figures(models), paragraph(LEGEND, dim=True))]
     if result.failed:
         parts.append(section("Failed", bullets(f"{m.name}: {m.error}" for m in result.failed)))

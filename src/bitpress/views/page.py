@@ -28,16 +28,21 @@ p{margin:.5rem 0}
 .facts div{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:.5rem .75rem}
 .facts b{display:block;font-size:1.15rem;font-weight:600}
 .facts span{color:var(--dim);font-size:.8rem}
-.wide{overflow-x:auto;margin:.5rem 0}
+.wide{overflow-x:auto;margin:.5rem 0;scrollbar-width:thin;background:
+linear-gradient(90deg,var(--bg) 40%,transparent) 0 0/2rem 100% no-repeat local,
+linear-gradient(270deg,var(--bg) 40%,transparent) 100% 0/2rem 100% no-repeat local,
+linear-gradient(90deg,var(--line),transparent) 0 0/.7rem 100% no-repeat scroll,
+linear-gradient(270deg,var(--line),transparent) 100% 0/.7rem 100% no-repeat scroll}
 table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums}
 th,td{padding:.25rem .6rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
 th{font-weight:600}
-tbody th{overflow-wrap:anywhere;min-width:8rem}
-.short tbody th{min-width:3rem}
+tbody th{min-width:8rem}
+.short tbody th{min-width:0}
 thead th{vertical-align:bottom}
 .n{text-align:right;white-space:nowrap}
 .bar{background:linear-gradient(90deg,var(--bar) var(--v),transparent var(--v)) no-repeat 0/calc(100% - .4rem)}
-td:not(.n){overflow-wrap:anywhere;min-width:5rem}
+td:not(.n){min-width:7rem}
+.hash{overflow-wrap:anywhere}
 .heat td[style]{background:color-mix(in srgb,var(--hot) var(--v),transparent)}
 pre{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:.75rem;overflow-x:auto;
 font:13px/1.45 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
@@ -51,9 +56,16 @@ svg{width:100%;height:auto;display:block}
 svg text{fill:var(--dim);font-size:13px}
 svg .axis{stroke:var(--line);stroke-width:1}
 code{font:.9em ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
-@media (max-width:40rem){body{padding:.75rem}table{font-size:.8rem}th,td{padding:.2rem .35rem}svg text{font-size:24px}}
+@media (max-width:40rem){body{padding:.75rem}table{font-size:.8rem}th,td{padding:.2rem .35rem}svg text{font-size:24px}
+tbody th{min-width:6.5rem}td:not(.n){min-width:5.5rem}
+table:not(.whole) :is(tbody th,th:first-child){position:sticky;left:0;background:var(--bg)}
+.heat{font-size:.68rem;letter-spacing:-.02em}.heat th,.heat td{padding:.15rem .2rem}
+.heat:not(.short) tbody th{min-width:6rem}}
 @media print{details{display:block}}
 """
+
+
+LONG = 10  # letters of a word that may not fit where it stands
 
 
 class Html(str):
@@ -73,6 +85,18 @@ def safe(value: object) -> Html:
     return value if isinstance(value, Html) else Html(escape(str(value)))
 
 
+def broken(text: object) -> Html:
+    """Text in which a long name may end a line after a dot, a dash and the like, and not inside a word."""
+    if isinstance(text, Html):
+        return text
+
+    def word(part: str) -> str:
+        pieces = re.split(r"(?<=[./+\-:=,])(?=\w)", part) if len(part) >= LONG else [part]
+        return "<wbr>".join(map(escape, pieces))
+
+    return Html("".join(map(word, re.split(r"(\s+)", str(text)))))
+
+
 def page(title: str, below: str, parts: Iterable[str]) -> str:
     """A whole document.
 
@@ -86,7 +110,7 @@ def page(title: str, below: str, parts: Iterable[str]) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f'<link rel="icon" href="data:,">\n<title>{safe(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>',
-        f'<h1>{safe(title)}</h1>\n<p class="dim">{safe(below)}</p>',
+        f'<h1>{broken(title)}</h1>\n<p class="dim">{broken(below)}</p>',
         *parts,
         "</body>\n</html>\n",
     ])  # fmt: skip
@@ -113,13 +137,15 @@ def facts(values: dict[str, str]) -> Html:
 
 
 def table(
-    head: Sequence[str], rows: Iterable[Sequence[str | Cell]], *, words: Collection[str] = (), heat: bool = False
-) -> Html:
+    head: Sequence[str], rows: Iterable[Sequence[str | Cell]], *, words: Collection[str] = (), heat: bool = False,
+    whole: bool = False,
+) -> Html:  # fmt: skip
     """A table that scrolls by itself.
 
     Args:
         words: names of the columns that are text, as the first is; the others are figures, set to the right.
         heat: cells with a share are shaded, not barred.
+        whole: names stay on one line.
     """
 
     figures = [i > 0 and name not in words for i, name in enumerate(head)]
@@ -134,11 +160,12 @@ def table(
             style, value = f' style="--v:{100 * share:.1f}%"', value.text
         name = f' class="{" ".join(kind)}"' if kind else ""
         scope = "" if i else ' scope="row"'
-        return f"<{tag}{scope}{name}{style}>{safe(value)}</{tag}>"
+        return f"<{tag}{scope}{name}{style}>{safe(value) if figures[i] or whole else broken(value)}</{tag}>"
 
-    titles = "".join(f'<th scope="col"{" class=n" if figures[i] else ""}>{safe(t)}</th>' for i, t in enumerate(head))
+    titles = "".join(f'<th scope="col"{" class=n" if figures[i] else ""}>{broken(t)}</th>' for i, t in enumerate(head))
     body = "\n".join("<tr>" + "".join(cell(i, v) for i, v in enumerate(row)) + "</tr>" for row in rows)
-    kinds = [*(["heat"] if heat else []), *(["short"] if head[0] in ("block", "phase") else [])]
+    kinds = [*(["heat"] if heat else []), *(["whole"] if whole else [])]
+    kinds += ["short"] if head[0] in ("block", "phase") else []
     kind = f' class="{" ".join(kinds)}"' if kinds else ""
     return Html(
         f'<div class="wide" tabindex="0"><table{kind}><thead><tr>{titles}</tr></thead>'
@@ -151,7 +178,7 @@ def code(text: str) -> Html:
 
 
 def bullets(items: Iterable[str]) -> Html:
-    return Html("<ul>" + "".join(f"<li>{safe(item)}</li>" for item in items) + "</ul>")
+    return Html("<ul>" + "".join(f"<li>{broken(item)}</li>" for item in items) + "</ul>")
 
 
 def folded(name: str, *parts: str) -> Html:
@@ -169,7 +196,7 @@ def answers(prompt: str, said: dict[str, str]) -> Html:
         return Html(f"{safe(text[:same])}{rest}")
 
     columns = "".join(
-        f'<div><h3>{safe(name)}</h3><div class="said">{marked(text) if text else "(nothing)"}</div></div>'
+        f'<div><h3>{broken(name)}</h3><div class="said">{marked(text) if text else "(nothing)"}</div></div>'
         for name, text in said.items()
     )
     return Html(f'<p><b>{safe(prompt)}</b></p><div class="side">{columns}</div>')

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from bitpress.errors import counted
 from bitpress.progress import clock
 from bitpress.tables import size
 from bitpress.views.charts import curve_svg
@@ -22,6 +23,7 @@ from bitpress.views.page import (
     folded,
     page,
     paragraph,
+    safe,
     section,
     table,
     versions,
@@ -255,10 +257,11 @@ def _phases(totals: Mapping[str, Any]) -> list[str]:
     head = ["phase", "time", "share", "host memory", *(["device memory"] if device else [])]
     about = "Peaks. A phase in which the process reached no new peak shows its size at the phase's ends."
     if totals.get("resumed_shards"):
+        held = counted(totals["resumed_shards"], "shard")
         about += (
-            f" The run was interrupted: {totals['resumed_shards']} shards are of earlier attempts, whose times and "
+            f" The run was interrupted: {held} of earlier attempts, whose times and peaks are counted as far as they "
         )
-        about += "peaks are counted as far as they were noted."
+        about += "were noted."
     return [table(head, lines), paragraph(about, dim=True)]
 
 
@@ -276,7 +279,7 @@ def _data(report: Mapping[str, Any]) -> list[str]:
             "texts joined and cut" if data["packed"] else "a row each",
             f"shuffled by seed {data['seed']}" if data["shuffled"] else "in order",
         ]),
-        "fingerprint": f"sha256 {data['fingerprint']}",
+        "fingerprint": Html(f'sha256 <span class="hash">{safe(data["fingerprint"])}</span>'),
     }  # fmt: skip
     return [table(("", " "), lines.items(), words=(" ",))]
 
@@ -284,7 +287,9 @@ def _data(report: Mapping[str, Any]) -> list[str]:
 def _training(found: Mapping[str, Any]) -> list[str]:
     """The last training stage: its data, and the loss as it fell."""
     data = found["data"]
-    parts: list[str] = [paragraph(f"{found['steps']:,} steps on {data['sequences']:,} sequences of {data['source']}.")]
+    parts: list[str] = [
+        paragraph(f"{counted(found['steps'], 'step')} on {counted(data['sequences'], 'sequence')} of {data['source']}.")
+    ]
     points = [(entry["step"], entry["loss"]) for entry in found["log"] if "loss" in entry and "step" in entry]
     if len(points) > 1:
         judged = {f"{e['eval_loss']:.3g}": (e["step"], e["eval_loss"]) for e in found["log"] if "eval_loss" in e}
@@ -316,12 +321,12 @@ def _all(rows: Sequence[Row], report: Mapping[str, Any]) -> list[str]:
             f"{row['tokens']:,}", f"{row['seconds']:.2f}", *moved,
         ])  # fmt: skip
     words = ("mask", "scheme", "method", "stage")
-    parts: list[str] = [folded(f"{len(rows)} rows", table(head, lines, words=words))]
+    parts: list[str] = [folded(counted(len(rows), "row"), table(head, lines, words=words, whole=True))]
     if len(rows) > MOST:
         parts.append(paragraph(f"The first {MOST:,}; report.json has all.", dim=True))
     policies = [f"{row['name']}: statistics of {row['policy']}" for row in rows if row["policy"]]
     if policies:
-        parts.append(folded(f"{len(policies)} experts with too few tokens", bullets(policies[:MOST])))
+        parts.append(folded(f"{counted(len(policies), 'expert')} with too few tokens", bullets(policies[:MOST])))
     if report.get("ignored"):
         names = sorted({re.sub(r"\d+", "*", name) for name in report["ignored"]})
         parts.append(paragraph(f"Left as they are: {', '.join(names)}."))
