@@ -92,7 +92,7 @@ def _command(name: str, command: Any) -> Iterator[str]:
             yield f"| {p.name.upper()} | | {_escaped(p.help or '')} |"
             continue
         names = ", ".join(f"`{word}`" for word in (*p.opts, *p.secondary_opts))
-        usual = "" if p.default in (None, False, ()) else f"`{getattr(p.default, 'value', p.default)}`"
+        usual = "" if p.default in (None, False, (), "") else f"`{getattr(p.default, 'value', p.default)}`"
         yield f"| {names} | {str(usual).replace('True', 'yes')} | {_escaped(p.help or '')} |"
     yield ""
 
