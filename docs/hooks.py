@@ -78,9 +78,8 @@ def commands() -> str:
 
     from bitpress.cli import app
 
-    return "\n".join(
-        part for name, command in sorted(typer.main.get_command(app).commands.items()) for part in _command(name, command)
-    )
+    found = sorted(typer.main.get_command(app).commands.items())
+    return "\n".join(part for name, command in found for part in _command(name, command))
 
 
 def _command(name: str, command: Any) -> Iterator[str]:
