@@ -124,7 +124,7 @@ def _run(
         finally:
             said.end(complete)
         recipe = Path(found.path) / "recipe.yaml"
-        report = _report(Path(found.path), plan, identity, time.perf_counter() - started)
+        report = _report(Path(found.path), output, plan, identity, time.perf_counter() - started)
         writer.finish(subject, plan, recipe.read_text(encoding="utf-8") if recipe.is_file() else None, report, None)
     finally:
         subject.close()
@@ -216,9 +216,10 @@ def _identity(subject: FolderSubject, format: str) -> dict[str, Any]:
     return {"model": subject.fingerprint(), "arguments": {"format": format}, "versions": versions()}
 
 
-def _report(source: Path, plan: Plan, identity: dict[str, Any], seconds: float) -> dict[str, Any]:
+def _report(source: Path, output: Path, plan: Plan, identity: dict[str, Any], seconds: float) -> dict[str, Any]:
     """The report of the run that made the checkpoint, if it is there, and what was done to it."""
     import json
+    import shlex
 
     try:
         before: dict[str, Any] = json.loads((source / "report.json").read_text(encoding="utf-8"))
@@ -226,6 +227,9 @@ def _report(source: Path, plan: Plan, identity: dict[str, Any], seconds: float) 
         before = {}
     return {
         **before,
+        "again": shlex.join(
+            ["bitpress", "convert", str(source.resolve()), f"{output.absolute()}-again", "--format", plan.stored]
+        ),
         "converted": {"from": str(source.resolve()), "format": plan.stored, "seconds": round(seconds, 2)},
         "notes": list(plan.notes),
         "run": identity,

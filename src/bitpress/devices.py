@@ -57,3 +57,10 @@ def working_on(device: torch.device) -> Iterator[None]:
         return
     with torch.cuda.device(device):
         yield
+
+
+def slow_bfloat16() -> bool:
+    """Whether forwards in bfloat16 crawl here: no GPU, and a processor without AVX-512."""
+    import torch
+
+    return not torch.cuda.is_available() and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2")

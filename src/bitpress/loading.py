@@ -194,7 +194,7 @@ def _cast(model: Any, dtype: Any) -> None:
 
 @contextmanager
 def _quiet(*, reports: bool) -> Iterator[None]:
-    """Without the bars of a load, the warning about decompression and, with `reports`, the report on missing weights.
+    """Without the bars of a load, warnings about decompression and, with `reports`, the report on missing weights.
 
     compressed-tensors has no switch for its bars, so tqdm's own default is changed for the time of the load.
     """
@@ -208,16 +208,21 @@ def _quiet(*, reports: bool) -> Iterator[None]:
 
     made = tqdm.__init__
     log = logging.getLogger("transformers.modeling_utils")
+    # it looks for linears by name once more when they are decompressed already, and says so of each
+    matching = logging.getLogger("compressed_tensors.utils.match")
+    level = matching.level
     with warnings.catch_warnings():
         # it says that the checkpoint's own scheme is kept, which is what is wanted
         warnings.filterwarnings("ignore", message="You passed `quantization_config`")
         tqdm.__init__ = first
+        matching.setLevel(logging.ERROR)
         if reports:
             log.addFilter(kept)
         try:
             yield
         finally:
             tqdm.__init__ = made
+            matching.setLevel(level)
             log.removeFilter(kept)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -136,6 +137,8 @@ def of_run(
 
     import torch
 
+    from bitpress.again import again
+
     sizes, rows = {s.name: s.rows * s.columns for s in (*ready.plan.sites, *ready.plan.masked)}, done.rows
     targets = [p.target for p in ready.plans if p.target is not None]
     dense = {s.name: 8.0 * s.dtype.itemsize for t in targets for g in t.groups for s in g.sites}
@@ -156,8 +159,16 @@ def of_run(
         "ignored": list(plan.ignored),
         "notes": list(done.plan.notes) + (list(ready.data.notes) if ready.data else []),
         "data": dict(ready.data.summary) if ready.data else None,
+        "again": again(args, _recipe_of(args, ready)),
         "seed": args.seed,
         "numerics": numerics,
         "versions": versions(),
         "run": identity,
     }
+
+
+def _recipe_of(args: Arguments, ready: Prepared) -> Path | None:
+    """Where the recipe of a whole run is, or of a stage that was asked for alone; None if it is nowhere."""
+    if args.verb == "apply" and args.stage is not None:  # its own holds this stage only
+        return Path(args.recipe).resolve() if isinstance(args.recipe, str | os.PathLike) else None
+    return None if ready.output is None else ready.output.resolve() / "recipe.yaml"

@@ -253,7 +253,7 @@ def _run_stage(
         log = ranks.from_first(lambda: journal.Journal(work, identity, new))
         ranks.agreed(log.visible)
         if log.done:
-            args.progress.note(f"{len(log.done)} of {counted(len(plan.shards), 'shard')} finished; going on from there")
+            args.progress.note(f"{len(log.done)} of {len(plan.shards)} shards are finished; going on from there")
         for lap in log.laps:
             done.phases.went_before(lap)
         done.resumed = len(log.done)

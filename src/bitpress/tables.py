@@ -48,15 +48,18 @@ def comparison_table(result: Comparison) -> RenderableType:
 
     about = f"{windows_of(result.windows, result.length, result.text)}, in {result.dtype}"
     models = (result.base, *result.checkpoints)
-    table = Table(caption=Text(about), caption_justify="left")
-    table.add_column("")
-    for model in models:
-        table.add_column(Text(model.name, overflow="fold"), justify="right", overflow="fold")
-    for name, value in COMPARED.items():
-        cells = [value(model) for model in models]
-        if any(cells):
-            table.add_row(name, *map(Text, cells))
-    parts: list[RenderableType] = [table]
+    shown = {name: value for name, value in COMPARED.items() if any(map(value, models))}
+    parts: list[RenderableType] = []
+    for start in range(0, len(result.checkpoints), BESIDE):  # more columns would not be readable
+        some = (result.base, *result.checkpoints[start : start + BESIDE])
+        last = start + BESIDE >= len(result.checkpoints)
+        table = Table(caption=Text(about) if last else None, caption_justify="left")
+        table.add_column("", no_wrap=True)
+        for model in some:
+            table.add_column(Text(model.name, overflow="fold"), justify="right", overflow="fold")
+        for name, value in shown.items():
+            table.add_row(name, *(Text(value(model)) for model in some))
+        parts.append(table)
     for i, prompt in enumerate(result.prompts):
         said = Table.grid(padding=(0, 2))
         for model in models:
@@ -71,6 +74,7 @@ def _or(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
+BESIDE = 3  # checkpoints in a table, beside their base
 # what a comparison says of each model, for the terminal and the page
 COMPARED: dict[str, Callable[[Compared], str]] = {
     "kind": lambda m: m.kind.replace(", ", "\n"),

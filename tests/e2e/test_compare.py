@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -73,6 +74,12 @@ def test_what_is_shown(place, result, tmp_path):
     for word in ("int4", "fp8", "pruned", "perplexity", "load (s)", "generation (tokens/s)", PROMPTS[1], "5.000"):
         assert word in text
     assert f"{result.checkpoints[0].kl:.5f}" in text and "failed" not in text
+    many = replace(result, checkpoints=result.checkpoints * 2)
+    narrow = Console(width=80)
+    with narrow.capture() as captured:
+        narrow.print(comparison_table(many))
+    text = captured.get()
+    assert text.count("generation (tokens/s)") == 2 and "…" not in text  # three checkpoints a table, nothing cut
     page = tmp_path / "page.html"
     words = [str(place / n) for n in ("base", "int4", "fp8")]
     done = CliRunner().invoke(

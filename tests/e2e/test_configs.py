@@ -65,6 +65,8 @@ def test_pairs_in_int8(base, tmp_path, monkeypatch):
     assert second == ("GPTQModifier", {"scheme": "W8A8", "ignore": ["lm_head"]})
     report = json.loads((out / "report.json").read_text())
     assert report["data"]["sequences"] == 4 and not report["data"]["packed"]
+    again = f"cd {ROOT} && bitpress run {EXAMPLES / 'w8a8-pairs.toml'} --set model={base} --set output_dir={out} --set "
+    assert report["again"] == f"{again}num_calibration_samples=4 --set output_dir={out}-again"
     assert json.loads((out / "generation_config.json").read_text())["max_new_tokens"] == 256
     assert json.loads((out / "tokenizer_config.json").read_text())["padding_side"] == "left"
     assert "W8A8" in str(inspect_checkpoint(out))

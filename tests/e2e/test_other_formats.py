@@ -125,6 +125,8 @@ def test_transformers_reads_bitsandbytes_with_no_configuration_given(base, tmp_p
         )
         assert torch.equal(functional.dequantize_4bit(packed, state), module.weight)
     out = convert(folder, tmp_path / "dense", format="dense").folder
+    again = json.loads((out / "report.json").read_text())["again"]
+    assert again == f"bitpress convert {folder} {tmp_path / 'dense'}-again --format dense"
     assert torch.equal(logits(load_model(out, "bfloat16")), logits(ours))
     ours.save_pretrained(tmp_path / "again")
     assert inspect_checkpoint(tmp_path / "again").method == "dense"

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import shlex
 from dataclasses import replace
+from html import escape
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from bitpress import CheckpointError, ConfigError, NumericsError, oneshot, output, samples
+from bitpress.again import again
 from bitpress.cli import app
 from bitpress.generation import generate
 from bitpress.result import SavedModel
 from conftest import build, save, token_rows
-from helpers import make_tokenizer
+from helpers import assert_same_tensors, make_tokenizer, tensors
 
 ROWS = token_rows()
 OPTIONS = {"max_seq_length": 32, "num_calibration_samples": 12}
@@ -174,6 +178,61 @@ def test_rounding_without_data(base, tmp_path):
     oneshot(base, None, recipe, output_dir=tmp_path / "out")
     _, page = assert_whole(tmp_path / "out")
     assert "None was needed." in page and "lost energy of the weight" in page
+
+
+def test_the_line_in_the_report_does_the_same_run(base, tmp_path, monkeypatch):
+    text = tmp_path / "a text.jsonl"
+    text.write_text(
+        "\n".join(json.dumps({"body": " ".join(f"w{(7 * i + j) % 90}" for j in range(40))}) for i in range(9))
+    )
+    monkeypatch.chdir(tmp_path)
+    words = ["--group-size", "16", "--effort", "fast", "--dataset", text.name, "--text-column", "body", "--no-pack",
+             "--num-samples", "5", "--max-seq-length", "24", "--seed", "7", "--batch-size", "2", "--dtype", "float32",
+             "--format", "gptq", "--no-verify", "-q", "--no-generate"]  # fmt: skip
+    assert run("oneshot", base.name, "--scheme", "W4A16", *words, "-o", "out").exit_code == 0
+    report, page = report_of(tmp_path / "out"), page_of(tmp_path / "out")
+    assert escape(report["again"]) in page
+    monkeypatch.chdir("/")  # it can be pasted anywhere
+    name, *again = shlex.split(report["again"])
+    done = run(*again, "-q", "--no-generate")
+    assert name == "bitpress" and done.exit_code == 0, done.exception
+    other = report_of(tmp_path / "out-again")
+    assert other["run"] == report["run"] and other["seed"] == 7 and other["data"]["sequences"] == 5
+    assert_same_tensors(tensors(tmp_path / "out"), tensors(tmp_path / "out-again"))
+
+
+def test_what_only_python_can_give_is_a_call(base, tmp_path):
+    rows = [{"input_ids": row["input_ids"]} for row in ROWS]
+    oneshot(base, rows, W4, output_dir=tmp_path / "out", min_expert_tokens=3, **OPTIONS)
+    again = report_of(tmp_path / "out")["again"]
+    compile(again, "again", "exec")
+    for line in ("from bitpress import oneshot", f"    model={str(base)!r},", "    dataset=...,  # list",
+                 "    min_expert_tokens=3,", "    max_seq_length=32,", "    num_calibration_samples=12,",
+                 f"    recipe={str(tmp_path / 'out/recipe.yaml')!r},"):  # fmt: skip
+        assert line in again.splitlines()
+
+
+@pytest.mark.parametrize("verb", ["train", "apply"])
+def test_the_line_of_a_run_that_trains_says_how(verb, base, tmp_path, monkeypatch):
+    words = [verb, str(base), "--recipe", "r.yaml", "--dataset", "ultrachat-200k", "--train-split", "a[:5%]",
+             "--epochs", "1.5", "--no-mask-prompts", "--distill-teacher", str(base), "--distill-hardness", "0.5",
+             "--set", "lr_scheduler_type=cosine", "--set", "warmup_steps=3", "--seed", "3", "-o", str(tmp_path / "out"),
+             "--no-generate", "-q"]  # fmt: skip
+    given = []
+
+    def stop(args):
+        given.append(args)
+        raise ConfigError("seen")
+
+    monkeypatch.setattr(importlib.import_module(f"bitpress.{verb}"), "run", stop)
+    assert str(run(*words).exception) == "seen"
+    (tmp_path / "recipe.yaml").write_text("")
+    line = again(given[0], tmp_path / "recipe.yaml")
+    assert str(run(*shlex.split(line)[1:]).exception) == "seen"
+    first, second = given
+    assert (second.recipe, second.output_dir) == (tmp_path / "recipe.yaml", tmp_path / "out-again")
+    own = {"recipe": None, "output_dir": None, "progress": None}
+    assert replace(first, **own) == replace(second, **own)
 
 
 # the command line

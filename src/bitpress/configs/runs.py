@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -89,10 +90,12 @@ def run(
             where it is of one, before weights are loaded.
         NumericsError: as of `bitpress.oneshot`.
     """
+    from bitpress import samples
     from bitpress.apply import apply
     from bitpress.checkpoint import write_json
     from bitpress.oneshot import oneshot
     from bitpress.progress import choose_progress
+    from bitpress.report import write_report
 
     ranks.join(_device(Path(config), overrides))
     found = ranks.agreed(lambda: load(Path(config), overrides, resume=resume, fresh=fresh))
@@ -106,10 +109,15 @@ def run(
             made = apply(**found.arguments, **found.training, progress=shown)
     except BitpressError as error:
         raise located(found.document, error) from error.__cause__
+    if ranks.first() and not (held := samples.read(found.folder)).get("again", "").startswith("cd "):  # a new run
+        sets = [*overrides, f"output_dir={found.arguments['output_dir']}-again"]
+        words = ["bitpress", "run", str(config), *(word for given in sets for word in ("--set", given))]
+        command = f"cd {shlex.quote(os.getcwd())} && {shlex.join(words)}"  # places in the file are relative to it
+        write_report(found.folder, {**held, "again": command}, samples.recipe_of(found.folder))
     if found.generation and ranks.first():
         file = found.folder / "generation_config.json"
-        held = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        write_json(file, {**held, **found.generation})
+        now = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        write_json(file, {**now, **found.generation})
     return made
 
 

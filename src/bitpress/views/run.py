@@ -31,7 +31,6 @@ from bitpress.views.page import (
 
 Row = Mapping[str, Any]
 TOP = 12  # of a ranking, without unfolding it
-AGAIN = "To do it again, with the same data and --format: bitpress oneshot MODEL --recipe recipe.yaml --output OUT"
 MOST = 5000  # rows of a table; a browser is slow with more, and report.json has them all
 
 
@@ -64,7 +63,7 @@ def run_page(report: Mapping[str, Any], recipe: str, name: str) -> str:
         section("Calibration data", *_data(report)),
         *([section("Training", *_training(report["training"]))] if report.get("training") else []),
         section("Generations", *_generations(report.get("generations"))),
-        section("Recipe", code(recipe.strip() or "(none)"), paragraph(AGAIN, dim=True)),
+        section("Recipe", code(recipe.strip() or "(none)"), *_again(report.get("again"))),
     ]
     if report.get("notes"):
         parts.append(section("Notes", bullets(report["notes"])))
@@ -305,6 +304,10 @@ def _generations(found: Mapping[str, Any] | None) -> list[str]:
         return [paragraph("None were asked for: `bitpress report OUT --prompt TEXT` adds some.")]
     parts: list[str] = [paragraph(found["note"], dim=True)] if found.get("note") else []
     return parts + [answers(a["prompt"], {"before": a["before"], "after": a["after"]}) for a in found["answers"]]
+
+
+def _again(command: str | None) -> list[str]:
+    return [paragraph("To do it again:", dim=True), code(command)] if command else []
 
 
 def _all(rows: Sequence[Row], report: Mapping[str, Any]) -> list[str]:
