@@ -212,7 +212,7 @@ def _opened(models: Sequence[Any], tokenizer: Any, trust_code: bool, trust_pickl
 
 def there(model: Any) -> bool:
     """Whether a model is in memory, or something lies at its place."""
-    return in_memory(model) or Path(model).expanduser().exists()
+    return in_memory(model) or (isinstance(model, str | os.PathLike) and Path(model).expanduser().exists())
 
 
 class _Work:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str | torch.device) -> torch.device:
     """The device of a name: "auto" (the GPU if there is one), "cpu", "cuda" or "cuda:N".
 
     Raises:
@@ -21,6 +21,7 @@ def pick_device(name: str) -> torch.device:
     """
     import torch
 
+    name = str(name) if isinstance(name, torch.device) else name
     several, known = ranks.world_size() > 1, "use auto, cpu, cuda or cuda:N"
     if not isinstance(name, str):
         raise ConfigError(f"device: expected a name, got {name!r}; {known}")

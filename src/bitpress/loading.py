@@ -47,8 +47,11 @@ def open_checkpoint(path: Any, trust: bool) -> Inspection:
     """What a folder (or a hub id, fetched to the hub's cache) holds, if it can be loaded.
 
     Raises:
+        ConfigError: it is no place.
         CheckpointError: no finished checkpoint, or pickle weights that are not trusted.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise ConfigError(f"expected a folder, a hub id, a GGUF file or a model in memory, got {path!r}")
     path = os.fspath(path)
     if not Path(path).exists():
         from bitpress.subject import locate

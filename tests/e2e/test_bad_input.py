@@ -449,7 +449,8 @@ def test_devices_that_are_not_there(shared, tmp_path, monkeypatch, no_weights):
     refused(ConfigError, ["'cuda:x' is unknown"], tmp_path / "out", shared, ROWS, W4, device="cuda:x")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert pick_device("cuda:1") == torch.device("cuda", 1) and pick_device("auto") == torch.device("cuda")
+    assert pick_device("cuda:1") == pick_device(torch.device("cuda:1")) == torch.device("cuda", 1)
+    assert pick_device("auto") == torch.device("cuda")
     for call in (pick_device, lambda name: load_model(shared, device=name)):
         with pytest.raises(ConfigError, match=r"'cuda:2' was asked for, but torch sees 2 GPUs, from cuda:0 on"):
             call("cuda:2")

@@ -175,6 +175,8 @@ def test_all_faults_come_at_once_and_before_any_load(place, tmp_path, monkeypatc
     for word in ("nowhere", "not a checkpoint", "windows 0", "'int3'", "the prompt is empty", "no such folder",
                  "the text is empty"):  # fmt: skip
         assert word in found
+    with pytest.raises(ConfigError, match="expected a folder, a hub id, a GGUF file or a model in memory, got 5"):
+        compare(place / "base", 5)
     with pytest.raises(ConfigError, match="name at least one"):
         compare(place / "base")
     other = tmp_path / "other"

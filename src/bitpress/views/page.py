@@ -46,6 +46,7 @@ td:not(.n){min-width:7rem}
 .heat td[style]{background:color-mix(in srgb,var(--hot) var(--v),transparent)}
 pre{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:.75rem;overflow-x:auto;
 font:13px/1.45 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
+.folds{white-space:pre-wrap;overflow-wrap:anywhere}
 .said{white-space:pre-wrap;background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:.5rem .75rem}
 .side{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,18rem),1fr));gap:.75rem;margin:.5rem 0 1.25rem}
 .side h3{margin:0 0 .25rem;font-size:.875rem;color:var(--dim);font-weight:600}
@@ -173,8 +174,9 @@ def table(
     )
 
 
-def code(text: str) -> Html:
-    return Html(f'<pre tabindex="0">{safe(text)}</pre>')
+def code(text: str, *, folds: bool = False) -> Html:
+    """Text as it is written; with `folds` long lines are folded, and paste as they are."""
+    return Html(f'<pre tabindex="0"{" class=folds" if folds else ""}>{safe(text)}</pre>')
 
 
 def bullets(items: Iterable[str]) -> Html:

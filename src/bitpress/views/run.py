@@ -307,7 +307,7 @@ def _generations(found: Mapping[str, Any] | None) -> list[str]:
 
 
 def _again(command: str | None) -> list[str]:
-    return [paragraph("To do it again:", dim=True), code(command)] if command else []
+    return [paragraph("To do it again:", dim=True), code(command, folds=True)] if command else []
 
 
 def _all(rows: Sequence[Row], report: Mapping[str, Any]) -> list[str]:
