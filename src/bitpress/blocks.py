@@ -98,14 +98,15 @@ class Blocks:
 
         self._drive(batch[0], len(self) - 1, at_work)
 
-    def logits(self, batch: Batch) -> Tensor:
-        """The model's logits (B, L, V) in float32, given the hidden states after the last block."""
+    def logits(self, batch: Batch, gradients: bool = False) -> Tensor:
+        """The model's logits (B, L, V) in float32, given the hidden states after the last block; on request with their
+        gradients."""
 
         def at_work(*args: Any, **kwargs: Any) -> Any:
             args, kwargs = _with_hidden(args, kwargs, batch[1])
             return self._through(*args, **kwargs)
 
-        found: Tensor = self._drive(batch[0], len(self) - 1, at_work).logits
+        found: Tensor = self._drive(batch[0], len(self) - 1, at_work, {} if gradients else None).logits
         return found.float()
 
     def _drive(

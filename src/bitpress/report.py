@@ -35,8 +35,9 @@ class LayerReport:
         tokens: calibration tokens that this linear's input had; 0 without data.
         policy: "" or why the statistics are not those of its own input.
         seconds: solving time of the linears that share its input, divided among them.
-        tuned: where its block was tuned: the share of the energy of the block's output that was wrong on sequences
-            that gave no gradients, `before` and `after`, and the `steps` that were best (0: it stayed as solved).
+        tuned: where its block was tuned: on sequences that gave no gradients, `before` and `after`, the share of the
+            energy of the block's output that was wrong (`loss` mse) or the divergence of the model's predictions in
+            nats a token (`loss` kl, last block), and the `steps` that were best (0: it stayed as solved).
     """
 
     name: str
@@ -50,7 +51,7 @@ class LayerReport:
     tokens: int
     policy: str
     seconds: float
-    tuned: dict[str, float] | None = None
+    tuned: dict[str, float | str] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, rounded to what is meaningful."""

@@ -16,6 +16,7 @@ from bitpress.math.grid import Solved
 from bitpress.math.lost import relative_error
 from bitpress.math.masks import pruned
 from bitpress.math.stats import InputStats
+from bitpress.math.objective import Divergence
 from bitpress.math.tune import Start, ideal_weight, tune
 from bitpress.modifiers.base import PruningModifier
 from bitpress.report import LayerReport
@@ -74,7 +75,7 @@ class Tuning:
         states: HiddenStates,
         full: FullStream,
         said: Callable[[float], None],
-    ) -> dict[str, tuple[Solved, dict[str, float]]]:
+    ) -> dict[str, tuple[Solved, dict[str, float | str]]]:
         """Tune them together.
 
         Args:
@@ -114,13 +115,26 @@ class Tuning:
             found = [given(p, full.sequence_after) for p in picked]
             return torch.cat([part for part in found if part is not None])
 
+        def logits(hidden: Tensor) -> Tensor:
+            """Of any positions: what follows the last block looks at each by itself."""
+            ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
+            return blocks.logits((ids, hidden[None]), gradients=hidden.requires_grad)[0]
+
         modifier = self.held[0].site.tuning
         assert modifier is not None
+        blocks = self.subject.blocks
+        last = self.index == len(blocks) - 1 and modifier.last_block_loss == "kl"
         starts = {h.site.key: self._start(h) for h in self.held}
-        found = tune(starts, output, target, lengths, modifier.settings(self.seed), said)
+        objective = Divergence(logits) if last else None
+        found = tune(starts, output, target, lengths, modifier.settings(self.seed), said, objective)
         if not found.before < float("inf"):
             raise NumericsError(f"{self.held[0].site.name}: NaN or infinity in the block's output while tuning")
-        says = {"before": _digits(found.before), "after": _digits(found.after), "steps": found.step}
+        says: dict[str, float | str] = {
+            "loss": "kl" if last else "mse",
+            "before": _digits(found.before),
+            "after": _digits(found.after),
+            "steps": found.step,
+        }
         found = ranks.share(found)  # all have taken the same steps, but bits may differ from GPU to GPU
         results = {}
         for h in self.held:
@@ -151,7 +165,7 @@ def idle(rows: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def after(
-    results: Sequence[tuple[LayerReport, Site, Solved]], tuned: Mapping[str, tuple[Solved, dict[str, float]]]
+    results: Sequence[tuple[LayerReport, Site, Solved]], tuned: Mapping[str, tuple[Solved, dict[str, float | str]]]
 ) -> list[tuple[LayerReport, Site, Solved]]:
     """The results of a block, those of tuned linears as they are after it."""
     new = []

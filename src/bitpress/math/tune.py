@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from bitpress.math.grid import FLOATS, Grid, Solved, binade, values_of
+from bitpress.math.objective import Objective, OutputError
 
 EDGE = 0.49  # of a cell: a start is at most so far from its code
 LR = 0.003  # of positions, at 4 bits
-MASSIVE = 4.0  # times the median energy: tokens above count as much as one of this energy
 
 Output = Callable[[Mapping[str, Tensor], Sequence[int]], Tensor]
 Target = Callable[[Sequence[int]], Tensor]
@@ -75,7 +75,7 @@ class Tuned:
 
     Attributes:
         solved: by name; `error` is that of the start.
-        before, after: the loss on the sequences held out: energy of the output's error over the output's own.
+        before, after: the loss on the sequences held out, see `bitpress.math.objective`.
         step: after how many steps it was best; 0: the start is kept.
     """
 
@@ -118,6 +118,7 @@ def tune(
     lengths: Sequence[int],
     settings: Settings,
     said: Callable[[float], None] = lambda done: None,
+    objective: Objective | None = None,
 ) -> Tuned:
     """Tune the linears of one block together.
 
@@ -129,10 +130,12 @@ def tune(
         lengths: tokens of each sequence; those of one step are of one length.
         settings: see there.
         said: is told after every step how far it is, from 0 to 1.
+        objective: what is lowered. Default: the error of the output.
 
     Returns:
         Never worse than the start on the sequences that are held out.
     """
+    objective = objective or OutputError()
     held, given = _split(len(lengths), settings)
     variables = {name: _variable(start) for name, start in starts.items()}
 
@@ -141,10 +144,8 @@ def tune(
             weights = {name: v.dense() for name, v in variables.items()}
             lost = kept = torch.zeros((), dtype=torch.float64)
             for picked in _batches(held, lengths, settings.batch_size):
-                got, wanted = output(weights, picked).float(), target(picked).float()
-                w = token_weights(wanted)
-                lost = lost + ((got - wanted).square().sum(-1, keepdim=True) * w).sum().double().cpu()
-                kept = kept + (wanted.square().sum(-1, keepdim=True) * w).sum().double().cpu()
+                more, over = objective.lost(output(weights, picked), target(picked))
+                lost, kept = lost + more, kept + over
         return float(lost / kept.clamp(min=1e-30))
 
     before = best = loss()
@@ -156,7 +157,7 @@ def tune(
         picked = next(orders)
         weights = {name: v.dense().requires_grad_() for name, v in variables.items()}
         got = output(weights, picked)
-        slope = _slope(got.detach(), target(picked))
+        slope = objective.slope(got.detach(), target(picked))
         gradients = torch.autograd.grad(got, list(weights.values()), slope, allow_unused=True)
         for variable, gradient in zip(variables.values(), gradients, strict=True):
             if gradient is not None:  # an expert that no token was sent to
@@ -166,21 +167,6 @@ def tune(
             best, step_kept = now, step + 1
             snapshot = {name: v.solved() for name, v in variables.items()}
     return Tuned(snapshot or {name: s.solved for name, s in starts.items()}, before, best, step_kept)
-
-
-def token_weights(wanted: Tensor) -> Tensor:
-    """(B, L, 1) float32: 1, less for tokens of massive activations, whose error would be all that counts.
-
-    min(1, MASSIVE * median energy / energy), over the tokens of the batch.
-    """
-    energy = wanted.float().square().sum(-1, keepdim=True)
-    return (MASSIVE * energy.median() / energy.clamp(min=1e-30)).clamp(max=1)
-
-
-def _slope(got: Tensor, wanted: Tensor) -> Tensor:
-    """The loss's derivative by the output, of root mean square 1: small steps overflow or vanish in no dtype."""
-    error = (got.float() - wanted.float()) * token_weights(wanted)
-    return (error / error.square().mean().sqrt().clamp(min=1e-30)).to(got.dtype)
 
 
 def _split(count: int, settings: Settings) -> tuple[list[int], list[int]]:

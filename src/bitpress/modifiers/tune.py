@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
@@ -34,6 +34,9 @@ class TuneModifier(Modifier):
             row. Default: 0.001.
         holdout: share of the sequences that give no gradients; what is kept, if only the start, is what is best on
             them. At least one sequence is held out. Default: 0.125.
+        last_block_loss: "kl": behind the last block, the divergence of the model's predictions is lowered instead of the
+            error of the block's output, which undoes part of what all blocks before it lost; "mse": as behind every
+            other block. Default: "kl".
     """
 
     tuning: ClassVar[str] = "tune"
@@ -46,6 +49,7 @@ class TuneModifier(Modifier):
     scale_lr: Float = 0.001
     weight_lr: Float = 0.001
     holdout: Float = 0.125
+    last_block_loss: Literal["kl", "mse"] = "kl"
 
     @property
     def needs(self) -> frozenset[str]:

@@ -336,5 +336,9 @@ def _all(rows: Sequence[Row], report: Mapping[str, Any]) -> list[str]:
     return parts
 
 
-def _tuned(found: Mapping[str, float] | None) -> str:
-    return "" if found is None else f"{_percent(found['before'])} to {_percent(found['after'])}"
+def _tuned(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    if found.get("loss") == "kl":
+        return f"{found['before']:.4f} to {found['after']:.4f} nats (KL of the model)"
+    return f"{_percent(found['before'])} to {_percent(found['after'])}"
