@@ -174,8 +174,8 @@ def _split(model: Path, out: Path, rows: list[list[int]], case: str, args: argpa
 
 
 def per_block(totals: dict[str, Any], blocks: int) -> dict[str, float]:
-    """Seconds by phase of a block in the middle of a model: the last one feeds no other."""
-    phases = {name: s / blocks for name, s in totals["seconds_by_phase"].items()}
+    """Seconds by phase of a block in the middle of a model: the last one feeds no other, and a run prepares once."""
+    phases = {name: s / blocks for name, s in totals["seconds_by_phase"].items() if name != "prepare"}
     if "propagate" in phases and blocks > 1:
         phases["propagate"] *= blocks / (blocks - 1)
     return phases

@@ -15,8 +15,8 @@ from bitpress.errors import NumericsError
 from bitpress.math.grid import Solved
 from bitpress.math.lost import relative_error
 from bitpress.math.masks import pruned
-from bitpress.math.stats import InputStats
 from bitpress.math.objective import Divergence
+from bitpress.math.stats import InputStats
 from bitpress.math.tune import Start, ideal_weight, tune
 from bitpress.modifiers.base import PruningModifier
 from bitpress.report import LayerReport

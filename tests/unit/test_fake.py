@@ -58,7 +58,8 @@ def test_learned_scales_have_the_gradient_of_the_paper(name):
 def test_learning_finds_better_scales():
     grid = formats.grid_of(preset("W4A16"), torch.bfloat16)
     w = weight()
-    start, size = find_qparams(w, grid, share=0.5), w.abs().mean()  # cuts more than is good
+    best = find_qparams(w, grid, search=True)
+    start, size = find_qparams(w, grid, share=0.5 * best.scale.sign().float()), w.abs().mean()  # cuts more than is good
     shift = torch.zeros(grid.scale_shape(128, 128), requires_grad=True)
     optimizer = torch.optim.Adam([shift], lr=0.02)
     losses = []
@@ -68,7 +69,6 @@ def test_learning_finds_better_scales():
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
-    best = find_qparams(w, grid, search=True)
     least = float((dequantize(quantize(w, best, grid), best).float() - w).square().sum())
     assert losses[-1] < 0.5 * losses[0] and losses[-1] < 1.1 * least
     assert shifted(start, shift.detach(), size, grid).scale.dtype == torch.bfloat16

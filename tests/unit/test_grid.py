@@ -135,6 +135,21 @@ def test_search_takes_the_best_candidate(weighted, bits, strategy, symmetric, mo
         assert bool((best <= loss(candidate) * (1 + 1e-3)).all()), share
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_a_negative_scale_gives_the_larger_side_the_extra_code(bits):
+    """A group whose every weight is one of the codes, the largest with the sign that has none."""
+    g = grid(bits)
+    codes = torch.arange(g.qmin, g.qmax + 1).repeat(R, SIZE)[:, :SIZE].float()
+    codes[:, 0] = g.qmin
+    for sign in (1.0, -1.0):
+        found = find_qparams(codes * sign * 0.01, g, search=True)
+        assert bool((found.scale * sign > 0).all())
+        back = dequantize(quantize(codes * sign * 0.01, found, g), found)
+        assert float((back / (codes * sign * 0.01) - 1).nan_to_num().abs().max()) < 0.1
+    assert bool((find_qparams(codes * -0.01, g).scale > 0).all())  # min-max is that of everyone
+    assert bool((find_qparams(codes * -0.01, grid(8), search=True).scale > 0).all())
+
+
 def test_importance_matters():
     weight, g = random(R, C), grid(3)
     importance = torch.full((C,), 1e-3)
@@ -155,7 +170,7 @@ def test_groups_of_zeros(dtype, strategy, symmetric, search):
     for w in (weight, torch.zeros(R, C)):
         g = grid(4, symmetric, strategy, dtype)
         found = find_qparams(w, g, torch.ones(C), search=search)
-        assert bool(torch.isfinite(found.scale).all()) and bool((found.scale > 0).all())
+        assert bool(torch.isfinite(found.scale).all()) and bool((found.scale != 0).all())
         dense = dequantize(quantize(w, found, g), found)
         assert bool((dense[w == 0] == 0).all())
 

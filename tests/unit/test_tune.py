@@ -12,8 +12,9 @@ from bitpress.math.gptq import gptq
 from bitpress.math.grid import Grid, Solved, dequantize, find_qparams, quantize, values_of
 from bitpress.math.lost import solved
 from bitpress.math.masks import Structure, holds, keep_best
+from bitpress.math.objective import Divergence, token_weights
 from bitpress.math.stats import InputStats
-from bitpress.math.tune import Settings, Start, ideal_weight, token_weights, tune, usual_lr
+from bitpress.math.tune import Settings, Start, ideal_weight, tune, usual_lr
 from bitpress.modifiers import TuneModifier
 from bitpress.recipe import Recipe
 
@@ -83,6 +84,8 @@ def test_one_step_as_by_hand(strategy, asym):
     grid = Grid(4, not asym, 4 if strategy == "group" else None, strategy == "tensor", F32)
     inputs = [normal(1, T, C, seed=20 + i) for i in range(B)]
     qparams = find_qparams(normal(R, C), grid)
+    if strategy == "group" and not asym:
+        qparams.scale[:, 1::2] *= -1
     codes = quantize(normal(R, C), qparams, grid)
     weight = dequantize(codes, qparams)
     off = torch.rand(R, C, generator=torch.Generator().manual_seed(1)) < 0.15
@@ -124,7 +127,7 @@ def test_one_step_as_by_hand(strategy, asym):
             best = float(start.dense()[r, c]) - float(dW[r] @ gram[:, c].double()) / float(gram[c, c])
             position = best / float(scale[r, g]) + float(zero[r, g])
             position = min(max(position, float(old[r, c]) - 0.49), float(old[r, c]) + 0.49)
-            position -= 0.1 * float(torch.sign(slope[r, c]))
+            position -= 0.1 * float(torch.sign(slope[r, c] * scale[r, g]))
             new[r, c] = min(max(round(position), grid.qmin), grid.qmax)
             pull[r, g] += slope[r, c] * (old[r, c] - zero[r, g]) * scale[r, g]
     if strategy == "tensor":
@@ -227,6 +230,40 @@ def test_weights_that_are_only_pruned(dtype):
     assert result.after < 0.9 * result.before
     for n, z in result.solved.items():
         assert z.weight.dtype == dtype and not z.weight[~masks[n]].any()
+
+
+def test_predictions_as_the_objective(monkeypatch):
+    """Slopes are those of autograd at the places that are looked at, and the predictions come nearer by tuning."""
+    monkeypatch.setattr("bitpress.math.objective.POSITIONS", 40)
+    monkeypatch.setattr("bitpress.math.objective.AT_ONCE", 16)
+    head = normal(50, 32, seed=9) * 0.2
+    objective = Divergence(lambda hidden: hidden @ head.T)
+    got, wanted = normal(3, 25, 32, seed=7), normal(3, 25, 32, seed=8)
+    for turn in range(3):  # 75 places, every second
+        slope = objective.slope(got, wanted).flatten(0, 1)
+        hidden = got.flatten(0, 1).clone().requires_grad_()
+        p, q = ((x @ head.T).log_softmax(-1) for x in (wanted.flatten(0, 1), hidden))
+        (p.exp() * (p - q)).sum(-1)[turn % 2 :: 2].sum().backward()
+        assert torch.nn.functional.cosine_similarity(slope.flatten(), hidden.grad.flatten(), 0) > 1 - 1e-5
+        assert abs(float(slope.square().mean()) - 1) < 1e-4 and not slope[1 - turn % 2 :: 2].any()
+    lost, count = objective.lost(got, wanted)
+    assert float(count) == 38
+    assert abs(float(lost) - float((p.exp() * (p - q)).sum(-1)[::2].sum())) < 1e-3
+
+    block = Block()
+    result = tune(
+        block.starts(GRIDS["group asym bf16"]), block.output, block.target, block.lengths, FAST,
+        objective=Divergence(lambda hidden: hidden @ head.T),
+    )  # fmt: skip
+    assert result.step > 0 and result.after < 0.95 * result.before
+
+    def divergence(weights):
+        everything = list(range(len(block.inputs)))
+        p, q = ((x @ head.T).log_softmax(-1) for x in (block.target(everything), block.output(weights, everything)))
+        return float((p.exp() * (p - q)).sum())
+
+    starts = {n: s.solved.dense() for n, s in block.starts(GRIDS["group asym bf16"]).items()}
+    assert divergence({n: z.dense() for n, z in result.solved.items()}) < 0.95 * divergence(starts)
 
 
 def test_scales_can_be_left_alone():

@@ -26,6 +26,7 @@ from torch import Tensor
 # weights at a time, on a CPU and on a GPU; of the scale search, on a CPU, 2^17 and less were slower
 CHUNK, LARGE_CHUNK = 1 << 20, 1 << 26
 SHRINK = tuple(1.06 - 0.03 * k for k in range(22))  # candidate scales, as shares of the min-max scale
+UPSIDE_DOWN = tuple(-share for share in SHRINK)
 # with four bits it pays to let the largest weight be a 4 in place of a 6 (Cook et al. 2025, arXiv 2512.02010)
 FOUR_OR_SIX = tuple(1.56 - 0.06 * k for k in range(16))
 DOUBLINGS = (2.0, 1.0, 0.5)
@@ -83,9 +84,15 @@ class Grid:
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """Candidates of the scale search, as shares of the min-max scale."""
+        """Candidates of the scale search, as shares of the min-max scale.
+
+        Integers have one code more below zero than above; by a negative scale the side with the larger weights has it.
+        At 8 bits that is nothing.
+        """
         if self.scales == "power of two":
             return DOUBLINGS
+        if self.symmetric and self.values == "int" and self.bits < 8:
+            return SHRINK + UPSIDE_DOWN
         return FOUR_OR_SIX if self.values == "e2m1" else SHRINK
 
     @property
@@ -226,9 +233,9 @@ def find_qparams(
     Without `search` the range of each group is covered (min-max; symmetric integers: absmax / (qmax + 0.5), so that
     the largest weight errs by at most half a step; floats: the largest weight is the largest code; powers of two: the
     smallest at which the largest weight errs by at most half a step). With it, each group takes, among `grid.shares`
-    of that range, the one with the least sum of importance * error^2. With importance = diag(Gram) this is the
-    group's output error if its inputs were uncorrelated; plain weight error (importance None) is known to be worse
-    for GPTQ.
+    of that range, the one with the least sum of importance * error^2; a negative share is a negative scale. With
+    importance = diag(Gram) this is the group's output error if its inputs were uncorrelated; plain weight error
+    (importance None) is known to be worse for GPTQ.
 
     Args:
         weight: (R, C) float32.
@@ -305,9 +312,10 @@ def global_scale(low: Tensor, high: Tensor) -> Tensor:
 
 
 def _from_range(low: Tensor, high: Tensor, grid: Grid, top: Tensor | None) -> QParams:
-    """The grid over [low, high] (R, G), extended to contain zero."""
+    """The grid over [low, high] (R, G), extended to contain zero; upside down if low > high."""
     if grid.symmetric:
-        return QParams(_stored(torch.maximum(low.abs(), high.abs()), grid, top), None, top)
+        scale = _stored(torch.maximum(low.abs(), high.abs()), grid, top)
+        return QParams(torch.where(low > high, -scale, scale), None, top)
     levels = grid.qmax - grid.qmin
     low, high = low.clamp(max=0), high.clamp(min=0)
     scale = _normal((high - low) / levels, grid)

@@ -1,4 +1,4 @@
-"""What block tuning lowers: the error of the block's output, or, behind the last block, that of the model's predictions.
+"""What block tuning lowers: the error of the block's output, or behind the last block that of the predictions.
 
 Legend: B sequences, L tokens of each, D hidden size, V vocabulary.
 """
@@ -19,7 +19,7 @@ class Objective(Protocol):
     """A loss of a block's output."""
 
     def slope(self, got: Tensor, wanted: Tensor) -> Tensor:
-        """The loss's derivative by `got` (B, L, D), of root mean square 1: small steps overflow or vanish in no dtype."""
+        """The loss's derivative by `got` (B, L, D), scaled to root mean square 1, so that it overflows in no dtype."""
 
     def lost(self, got: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """Two sums over the batch, scalars in float64; the loss is their ratio over all batches."""

@@ -77,7 +77,8 @@ def _better(A: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     ridge = ridge + (diagonal == 0).double()  # a group of zeros: any scale will do, so its old one
     factor, info = torch.linalg.cholesky_ex(A + torch.diag_embed(ridge))
     solved = torch.cholesky_solve((b + ridge * old)[..., None], factor)[..., 0]
-    usable = (info == 0)[:, None] & (solved > old / FARTHEST) & (solved < old * FARTHEST)
+    times = solved / old
+    usable = (info == 0)[:, None] & (times > 1 / FARTHEST) & (times < FARTHEST)
     new = torch.where(usable, solved, old).to(scale.dtype)
     falls = _loss(A, b, new.double()) < _loss(A, b, old)
     return torch.where(falls[:, None], new, scale)

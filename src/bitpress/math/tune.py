@@ -257,6 +257,7 @@ class _Codes(_Variable):
         self.scale = self.qparams.scale.float()
         self.share = torch.ones_like(grid.once(self.scale))
         self.free = grid.scales == "free" and not grid.fused
+        self.negative = self.scale < 0
 
     def _start(self, values: Tensor) -> Tensor:
         if self.start.ideal is None:
@@ -277,7 +278,7 @@ class _Codes(_Variable):
         if self.free:
             tiny = torch.finfo(scale.dtype).tiny
             moved = self.scale * self.grid.repeated(self.share, self.shape[0])
-            scale = moved.clamp(min=tiny).to(scale.dtype)
+            scale = torch.where(self.negative, moved.clamp(max=-tiny), moved.clamp(min=tiny)).to(scale.dtype)
         return self.grid.nearest_(self.position.clone()), scale
 
     def dense(self) -> Tensor:
@@ -298,7 +299,7 @@ class _Codes(_Variable):
                 values.sub_(self.zero)
             pull = self._summed(values.mul_(gradient).sum(-1) * self.scale)
             self.share.sub_(pull.sign_(), alpha=left * settings.scale_lr)
-        move = gradient.sign()
+        move = gradient.sign().mul_(torch.where(self.negative, -1.0, 1.0)[..., None])
         if isinstance(self.cell, Tensor):
             move.mul_(self.cell)
         lr = usual_lr(self.grid) if settings.lr is None else settings.lr

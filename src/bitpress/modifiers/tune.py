@@ -34,9 +34,9 @@ class TuneModifier(Modifier):
             row. Default: 0.001.
         holdout: share of the sequences that give no gradients; what is kept, if only the start, is what is best on
             them. At least one sequence is held out. Default: 0.125.
-        last_block_loss: "kl": behind the last block, the divergence of the model's predictions is lowered instead of the
-            error of the block's output, which undoes part of what all blocks before it lost; "mse": as behind every
-            other block. Default: "kl".
+        last_block_loss: "kl": behind the last block, the divergence of the model's predictions is lowered instead of
+            the error of the block's output, which undoes part of what all blocks before it lost; "mse": as behind
+            every other block. Default: "kl".
     """
 
     tuning: ClassVar[str] = "tune"

@@ -69,7 +69,8 @@ class QuantizationModifier(RoundingModifier):
         candidates: what bits chooses from: presets, `{scheme: W4A16, group_size: 64}`, `{weights: {...}}`,
             UNQUANTIZED. Default: 4 bits in groups of 32 to 128 or a row, with and without zero points; 8 bits and
             full precision for higher targets, 2 and 3 bits for lower ones.
-        observer: how scales are chosen: "minmax" covers every weight, "mse" searches the least squared error.
+        observer: how scales are chosen: "minmax" covers every weight, "mse" searches the least squared error,
+            among negative scales too, see GPTQModifier.
             Default: "minmax".
         learn_scales: in a training stage: scales are trained with the weights (LSQ, Esser et al. 2020, arXiv
             1902.08153) instead of following their range. Default: false.
