@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from bitpress.attention import sliced
 from bitpress.errors import NumericsError, PlanError
-from bitpress.fused import fused_norms
+from bitpress.fused import fused
 from bitpress.math.activations import OutputRange
 from bitpress.math.stats import InputStats, StatsAccumulator
 
@@ -114,7 +114,7 @@ class Blocks:
     ) -> Any:
         with (
             sliced(),
-            fused_norms(self.modules[index]) if weights is None else nullcontext(),
+            fused(self.modules[index]) if weights is None else nullcontext(),
             _forwards(self.modules[:index], self._through),
             _forwards(self.modules[index : index + 1], at_work),
         ):

@@ -108,7 +108,7 @@ def test_norms_are_fused_where_the_kernel_computes_the_same():
     from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-    from bitpress.fused import fused_norms
+    from bitpress.fused import fused
 
     llama = LlamaRMSNorm(256).to("cuda", torch.bfloat16)
     gemma = Gemma2RMSNorm(256).to("cuda", torch.bfloat16)
@@ -117,7 +117,7 @@ def test_norms_are_fused_where_the_kernel_computes_the_same():
     x = torch.randn(4, 32, 256, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():
         expected = [llama(x), gemma(x)]
-        with fused_norms(torch.nn.ModuleList([llama, gemma])):
+        with fused(torch.nn.ModuleList([llama, gemma])):
             assert "forward" in llama.__dict__ and "forward" not in gemma.__dict__
             found = [llama(x), gemma(x)]
     assert "forward" not in llama.__dict__
@@ -160,3 +160,27 @@ def test_semi_structured_tensors(tmp_path):
     with torch.no_grad():
         wanted, got = dense(input_ids=ids).logits.float(), fast(input_ids=ids).logits.float()
     assert (got - wanted).abs().max() < 0.05 * wanted.abs().max()
+
+
+def test_gates_and_rotary_embeddings_are_fused_in_a_block():
+    from transformers import LlamaConfig
+    from transformers.models.llama import modeling_llama as family
+
+    from bitpress import fused
+
+    config = LlamaConfig(hidden_size=128, intermediate_size=320, num_attention_heads=4, num_key_value_heads=2)
+    config._attn_implementation = "sdpa"
+    block = family.LlamaDecoderLayer(config, 0).to("cuda", torch.bfloat16)
+    x = torch.randn(2, 16, 128, device="cuda", dtype=torch.bfloat16)
+    turns = family.LlamaRotaryEmbedding(config).cuda()(x, torch.arange(16, device="cuda")[None])
+    own = family.apply_rotary_pos_emb
+    with torch.no_grad():
+        expected = block(x, position_embeddings=turns)
+        with fused.fused(block):
+            assert family.apply_rotary_pos_emb is not own and "forward" in block.mlp.act_fn.__dict__
+            found = block(x, position_embeddings=turns)
+    assert family.apply_rotary_pos_emb is own and "forward" not in block.mlp.act_fn.__dict__
+    assert all(fused._same[key] for key in (("silu", torch.bfloat16), (own, 32, torch.bfloat16)))
+    first = [t[0] if isinstance(t, tuple) else t for t in (found, expected)]
+    assert (first[0] == first[1]).float().mean() > 0.95
+    torch.testing.assert_close(*first, rtol=2**-6, atol=2**-7)

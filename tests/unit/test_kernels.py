@@ -112,7 +112,7 @@ def test_problems_solved_together_come_to_what_each_comes_to_alone(monkeypatch):
 def test_rms_norm_is_that_of_transformers(shape):
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-    from bitpress.math.kernels.norm import rms_norm
+    from bitpress.math.kernels.forward import rms_norm
 
     norm = LlamaRMSNorm(shape[-1], eps=1e-5)
     generator = torch.Generator().manual_seed(0)
@@ -120,6 +120,49 @@ def test_rms_norm_is_that_of_transformers(shape):
     x = torch.randn(shape, generator=generator)
     found = rms_norm(x.to(DEVICE), norm.weight.detach().to(DEVICE), 1e-5).cpu()
     torch.testing.assert_close(found, norm(x).detach(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_silu_with_its_gate(dtype):
+    from bitpress.math.kernels.forward import silu_gate
+
+    generator = torch.Generator().manual_seed(0)
+    gate, up = (3 * torch.randn(3, 70, generator=generator).to(dtype) for _ in range(2))
+    found = silu_gate(gate.to(DEVICE), up.to(DEVICE)).cpu()
+    torch.testing.assert_close(found, torch.nn.functional.silu(gate) * up, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("turns", [1, 2])
+@pytest.mark.parametrize(("heads", "width"), [(3, 8), (1, 12)])
+def test_rotary_embedding_is_that_of_transformers(heads, width, turns):
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    from bitpress.math.kernels.forward import rotate
+
+    generator = torch.Generator().manual_seed(0)
+    x = (
+        torch.randn(2, 5, heads, width, generator=generator).half().transpose(1, 2)
+    )  # as attention views it; Triton's interpreter cuts bfloat16
+    cos, sin = (torch.randn(turns, 5, width, generator=generator).half() for _ in range(2))
+    found = rotate(x.to(DEVICE), cos.to(DEVICE), sin.to(DEVICE)).cpu()
+    assert torch.equal(found, apply_rotary_pos_emb(x, x, cos, sin)[0])
+
+
+def test_a_silu_that_waits_for_its_gate_is_a_silu_in_all_else():
+    from bitpress.fused import _Silu
+
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    expected = torch.nn.functional.silu(x)
+    for use in (
+        lambda s: s + 1,
+        lambda s: s * 2,
+        lambda s: s @ torch.ones(8, 2),
+        lambda s: s[1:],
+        lambda s: s.chunk(2)[0],
+    ):
+        assert torch.equal(use(x.as_subclass(_Silu)), use(expected))
+        assert type(use(x.as_subclass(_Silu))) is torch.Tensor
+    assert x.as_subclass(_Silu).shape == x.shape
 
 
 @pytest.mark.parametrize("preserve", [False, True])
