@@ -132,18 +132,17 @@ def test_silu_with_its_gate(dtype):
     torch.testing.assert_close(found, torch.nn.functional.silu(gate) * up, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("turns", [1, 2])
 @pytest.mark.parametrize(("heads", "width"), [(3, 8), (1, 12)])
-def test_rotary_embedding_is_that_of_transformers(heads, width, turns):
+def test_rotary_embedding_is_that_of_transformers(heads, width, turns, dtype):
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
     from bitpress.math.kernels.forward import rotate
 
     generator = torch.Generator().manual_seed(0)
-    x = (
-        torch.randn(2, 5, heads, width, generator=generator).half().transpose(1, 2)
-    )  # as attention views it; Triton's interpreter cuts bfloat16
-    cos, sin = (torch.randn(turns, 5, width, generator=generator).half() for _ in range(2))
+    x = torch.randn(2, 5, heads, width, generator=generator).to(dtype).transpose(1, 2)  # as attention views it
+    cos, sin = (torch.randn(turns, 5, width, generator=generator).to(dtype) for _ in range(2))
     found = rotate(x.to(DEVICE), cos.to(DEVICE), sin.to(DEVICE)).cpu()
     assert torch.equal(found, apply_rotary_pos_emb(x, x, cos, sin)[0])
 
