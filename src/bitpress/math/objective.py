@@ -74,7 +74,9 @@ class Divergence:
     def _places(self, got: Tensor, turn: int) -> Iterator[Tensor]:
         count = got.shape[0] * got.shape[1]
         apart = -(-count // POSITIONS)
-        yield from torch.arange(turn % apart, count, apart, device=got.device).split(AT_ONCE)
+        places = torch.arange(turn % apart, count, apart, device=got.device)
+        for lo in range(0, len(places), AT_ONCE):
+            yield places[lo : lo + AT_ONCE]
 
     def _divergence(self, hidden: Tensor, wanted: Tensor) -> Tensor:
         with torch.no_grad():
