@@ -316,16 +316,16 @@ def middle(values: Iterable[float], digits: int) -> str:
     return f"{median(found):.{digits}f}{single}"
 
 
-def row(lines: list[dict[str, Any]], texts: tuple[str, ...]) -> list[str]:
-    """The cells of one tool and scheme; `lines` are its seeds."""
+def row(lines: list[dict[str, Any]], texts: tuple[str, ...], timed: bool) -> list[str]:
+    """The cells of one tool and scheme; `lines` are its seeds, `timed`: whether some tool ran on the CPU."""
     cells = []
     for text in texts:
         judged = [line["judged"][text] for line in lines]
         cells += [middle((j["kl"] for j in judged), 4), f"{median(j['ppl'] for j in judged):.2f}"]
         cells += [f"{median(j['top1'] for j in judged):.3f}"]
     on_cpu = [line for line in lines if line["device"] == "cpu"]
-    cells += [f"{median(line['quantize_cpu_s'] for line in on_cpu):.0f}" if on_cpu else "on a GPU"]
-    cells += [f"{median(line['peak_rss_mb'] for line in on_cpu):.0f}" if on_cpu else "on a GPU"]
+    for key in ("quantize_cpu_s", "peak_rss_mb") if timed else ():
+        cells.append(f"{median(line[key] for line in on_cpu):.0f}" if on_cpu else "on a GPU")
     cells += [f"{median(line['size_mb'] for line in lines):.1f}"]
     kept = [line["kept_2of4"] for line in lines if "kept_2of4" in line]
     cells += [f"{min(kept):.4f}" if kept else ""]
@@ -347,7 +347,9 @@ def table(results: Results) -> str:
             + ", ".join(f"{text} {base[text]:.2f}" for text in model.judged)
         )
         heads = [head for text in model.judged for head in (f"KL, {text}", "ppl", "top-1")]
-        heads = ["scheme", "tool", "seeds", *heads, "CPU s", "peak RSS, MB", "weights, MB", "2:4 kept"]
+        timed = any(line["device"] == "cpu" for line in mine)
+        heads = ["scheme", "tool", "seeds", *heads, *(("CPU s", "peak RSS, MB") if timed else ())]
+        heads += ["weights, MB", "2:4 kept"]
         rows = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
         for scheme, what in SCHEMES.items():
             for tool, how in TOOLS.items():
@@ -357,7 +359,7 @@ def table(results: Results) -> str:
                     group = lines[0]["group_size"]
                     title = f"{what.title} g{group}" if group else what.title
                     seeds = ", ".join(str(line["seed"]) for line in lines)
-                    rows.append("| " + " | ".join([title, how.title, seeds, *row(lines, model.judged)]) + " |")
+                    rows.append("| " + " | ".join([title, how.title, seeds, *row(lines, model.judged, timed)]) + " |")
         parts.append("\n".join(rows))
     versions = sorted({f"{line['tool']} {line['version']}" for line in last.values()})
     return "\n\n".join([*parts, f"Versions: {', '.join(versions)}."])
