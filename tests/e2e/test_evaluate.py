@@ -398,7 +398,7 @@ def test_arguments_and_text_that_make_no_sense(place, tmp_path):
         evaluate(base, base, windows=0)
     with pytest.raises(ConfigError, match="Did you mean 'bfloat16'"):
         load_model(base, "bfloat")
-    with pytest.raises(ConfigError, match="'nowhere' cannot be used"):
+    with pytest.raises(ConfigError, match="'nowhere' is unknown"):
         load_model(base, device="nowhere")
     with pytest.raises(DataError, match="no such file"):
         evaluate(base, base, text=tmp_path / "none.txt")

@@ -99,6 +99,7 @@ def test_faults_are_told_by_all_and_nothing_is_written(both, told):
     assert "processes 0 and 1 have another run to do" in other
 
 
+@pytest.mark.slow
 def test_one_that_dies_stops_the_run_and_it_goes_on(both, tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in token_rows()))
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(ranked.CASES["gptq"][1]))

@@ -71,7 +71,9 @@ def test_streamed_and_in_memory_are_the_same(name, tmp_path):
     rows = report(tmp_path / "out")["layers"]
     assert {r["method"] for r in rows} == {METHODS[name]} and {r["error_of"] for r in rows} == {"output"}
     norms = [n for n in before if n.endswith("layernorm.weight")]
-    assert len(norms) == 4 and all(not torch.equal(before[n], written[n]) for n in norms)
+    moved = [n for n in norms if not torch.equal(before[n], written[n])]
+    assert len(norms) == 4 and moved
+    assert moved == norms or name == "awq, then gptq"  # there a scale must save a tenth of the error
     assert torch.equal(before["model.norm.weight"], written["model.norm.weight"])
     original = AutoModelForCausalLM.from_pretrained(base, dtype="auto").eval()
     assert distance(client(tmp_path / "out"), original) < 0.5
