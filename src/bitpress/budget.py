@@ -13,6 +13,7 @@ import torch
 
 from bitpress import ranks
 from bitpress.errors import ConfigError, PlanError
+from bitpress.math.objective import AT_ONCE
 from bitpress.math.stats import StatsAccumulator
 from bitpress.subject import Subject
 from bitpress.threads import workers
@@ -69,7 +70,8 @@ def budget(
     limit = max_memory or int(0.8 * free)
     base = PROCESS_BYTES if on_cpu else 0
     copies = 3 if any(s.smoothing for s in sites) else 2  # folds are tried on the block, and taken back
-    fixed = base + outside + copies * block + max(solver, tuning_bytes(sites, length, width, item)) + least_gram
+    tuning = tuning_bytes(sites, length, width, item, int(config.vocab_size))
+    fixed = base + outside + copies * block + max(solver, tuning) + least_gram
     if fixed + sequence > limit:
         raise PlanError(
             f"one block needs {gib(fixed + sequence)} but the limit is {gib(limit)}: raise --max-memory"
@@ -121,8 +123,9 @@ def problem_bytes(weights: int, columns: int) -> int:
     return 4 * max(3 * weights + 8 * columns**2, 10 * weights + 6 * columns**2)
 
 
-def tuning_bytes(sites: Sequence[Site], length: int, width: int, item: int) -> int:
-    """What tuning a block takes: copies of its weights, Gram matrices that wait for it, activations for gradients."""
+def tuning_bytes(sites: Sequence[Site], length: int, width: int, item: int, vocabulary: int) -> int:
+    """What tuning a block takes: copies of its weights, Gram matrices that wait for it, activations for gradients, and
+    behind the last block predictions: of both models in the model's dtype and float32, their logarithms, slopes."""
     tuned: dict[int | None, list[Site]] = {}
     for site in sites:
         if site.tuning is not None:
@@ -134,6 +137,8 @@ def tuning_bytes(sites: Sequence[Site], length: int, width: int, item: int) -> i
     kept = max(sum(each * s.rows * s.columns + 4 * s.columns**2 for s in of_block) for of_block in tuned.values())
     modifier = next(s.tuning for s in sites if s.tuning is not None)
     widest = max(max(s.rows, s.columns) for of_block in tuned.values() for s in of_block)
+    if modifier.last_block_loss == "kl":
+        kept += AT_ONCE * vocabulary * 8 * 4
     return kept + modifier.batch_size * length * (item * 8 * widest + (12 * item + 16) * width)
 
 
