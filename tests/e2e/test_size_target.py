@@ -289,13 +289,14 @@ def test_plan_says_what_will_happen(tmp_path, monkeypatch, capsys):
     ("recipe", "names"),
     [
         ({"AWQModifier": {}, "GPTQModifier": {"bits": 4.25, "ignore": ["lm_head"]}}, "AWQModifier"),
-        ({"AWQModifier": {"bits": 4.25, "ignore": ["lm_head"]}}, "AWQModifier"),
-        (
+        pytest.param({"AWQModifier": {"bits": 4.25, "ignore": ["lm_head"]}}, "AWQModifier", marks=pytest.mark.slow),
+        pytest.param(
             {
                 "WandaPruningModifier": {"mask_structure": "2:4", "ignore": ["lm_head"]},
                 "GPTQModifier": {"bits": 4.25, "ignore": ["lm_head"]},
             },
             "WandaPruningModifier",
+            marks=pytest.mark.slow,
         ),
         ({"GPTQModifier": {"bits": 4.25, "ignore": ["lm_head"]}}, None),
     ],

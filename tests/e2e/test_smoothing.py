@@ -115,7 +115,10 @@ def test_outlier_channels_cost_less_with_awq(tmp_path):
     assert errors["clip"] < errors["awq"]
 
 
-@pytest.mark.parametrize(("family", "name"), [*(("llama", r) for r in RECIPES), ("mixtral", "awq, then gptq")])
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [*(("llama", r) for r in RECIPES), pytest.param("mixtral", "awq, then gptq", marks=pytest.mark.slow)],
+)
 def test_resumed_after_every_block_it_ends_with_the_same_bytes(family, name, tmp_path, monkeypatch):
     base = save(with_outliers(family), tmp_path / "base")
     run(base, RECIPES[name], tmp_path / "straight")
