@@ -94,6 +94,8 @@ class _Silu(Tensor):
                     from bitpress.math.kernels.forward import silu_gate
 
                     return silu_gate(gate, up)
+        if getattr(func, "__name__", "").endswith("_") and not func.__name__.endswith("__"):
+            raise NotImplementedError(f"{func.__name__} on the output of a SiLU in place, while its gate is fused")
         with torch._C.DisableTorchFunctionSubclass():
             args, kwargs = torch.utils._pytree.tree_map_only(
                 cls, lambda x: nn.functional.silu(x.as_subclass(Tensor)), (args, kwargs or {})
@@ -102,8 +104,7 @@ class _Silu(Tensor):
 
 
 def _gates(gate: Tensor, up: Any) -> bool:
-    alike = type(up) is Tensor and (up.shape, up.dtype, up.device) == (gate.shape, gate.dtype, gate.device)
-    return alike
+    return type(up) is Tensor and (up.shape, up.dtype, up.device) == (gate.shape, gate.dtype, gate.device)
 
 
 def _silu_reproduced(gate: Tensor) -> bool:

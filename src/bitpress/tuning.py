@@ -117,8 +117,8 @@ class Tuning:
 
         def logits(hidden: Tensor) -> Tensor:
             """Of any positions: what follows the last block looks at each by itself."""
-            ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
-            return blocks.logits((ids, hidden[None]), gradients=hidden.requires_grad)[0]
+            ids = torch.zeros(len(hidden), 1, dtype=torch.int64, device=hidden.device)
+            return blocks.logits((ids, hidden[:, None]), gradients=hidden.requires_grad)[:, 0]
 
         modifier = self.held[0].site.tuning
         assert modifier is not None

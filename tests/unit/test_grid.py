@@ -150,6 +150,11 @@ def test_a_negative_scale_gives_the_larger_side_the_extra_code(bits):
     assert bool((find_qparams(codes * -0.01, grid(8), search=True).scale > 0).all())
 
 
+def test_zeros_have_no_sign():
+    found = dequantize(torch.zeros(1, 4, dtype=torch.int8), QParams(torch.tensor([[-0.5]]), None))
+    assert not found.signbit().any()
+
+
 def test_importance_matters():
     weight, g = random(R, C), grid(3)
     importance = torch.full((C,), 1e-3)

@@ -162,6 +162,8 @@ def test_a_silu_that_waits_for_its_gate_is_a_silu_in_all_else():
         assert torch.equal(use(x.as_subclass(_Silu)), use(expected))
         assert type(use(x.as_subclass(_Silu))) is torch.Tensor
     assert x.as_subclass(_Silu).shape == x.shape
+    with pytest.raises(NotImplementedError, match="in place"):
+        x.as_subclass(_Silu).mul_(2)
 
 
 @pytest.mark.parametrize("preserve", [False, True])

@@ -118,6 +118,8 @@ def grid_of(scheme: Scheme, dtype: torch.dtype) -> Grid:
         values="int" if args.type == "int" else FLOATS[args.num_bits],  # bitsandbytes' types ask it for no values
         scales="two-level" if args.strategy == "tensor_group" else "power of two" if args.scale_dtype else "free",
         block_rows=rows,
+        # vLLM's Marlin kernel reads the sign of a group's scale as part of the number where inputs are int8
+        signed=scheme.input_activations is None or scheme.input_activations.type != "int",
     )
 
 

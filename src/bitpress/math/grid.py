@@ -51,6 +51,7 @@ class Grid:
         scales: "free", any number of `scale_dtype`; "two-level", an e4m3 number over one float32 number for the whole
             tensor (NVFP4); "power of two" (MX).
         block_rows: rows that share a scale.
+        signed: scales may be negative.
     """
 
     bits: int
@@ -61,6 +62,7 @@ class Grid:
     values: Values = "int"
     scales: Scales = "free"
     block_rows: int = 1
+    signed: bool = True
 
     @property
     def qmin(self) -> int:
@@ -91,7 +93,7 @@ class Grid:
         """
         if self.scales == "power of two":
             return DOUBLINGS
-        if self.symmetric and self.values == "int" and self.bits < 8:
+        if self.signed and self.symmetric and self.values == "int" and self.bits < 8:
             return SHRINK + UPSIDE_DOWN
         return FOUR_OR_SIX if self.values == "e2m1" else SHRINK
 
@@ -385,4 +387,4 @@ def dequantize(codes: Tensor, qparams: QParams) -> Tensor:
     x = values_of(codes).reshape(R, scale.shape[1], -1)
     if qparams.zero_point is not None:
         x = x - qparams.by_column(qparams.zero_point.to(torch.float32))
-    return (x * scale).to(qparams.scale.dtype).reshape(R, C)
+    return (x * scale).add_(0.0).to(qparams.scale.dtype).reshape(R, C)  # a zero has no sign

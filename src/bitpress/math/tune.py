@@ -286,7 +286,7 @@ class _Codes(_Variable):
         qparams = replace(self.qparams, scale=scale)
         if self.zero is not None:
             values.sub_(self.zero)
-        weight = values.mul_(qparams.effective()[..., None]).to(scale.dtype)
+        weight = values.mul_(qparams.effective()[..., None]).add_(0.0).to(scale.dtype)
         return weight.reshape(self.shape[0], -1)
 
     def step(self, gradient: Tensor, left: float, settings: Settings) -> None:

@@ -61,7 +61,8 @@ class GPTQModifier(SchemeModifier):
         observer: how scales are chosen: "minmax" covers every weight, "mse" searches the least squared error,
             "hessian" the least error weighted by the diagonal of the Gram matrix. Of integers of less than 8 bits
             without zero point these two also try negative scales, by which the side with the larger weights has the
-            code that the other side lacks (AutoRound's and GGUF's do the same). Default: "hessian".
+            code that the other side lacks (AutoRound's and GGUF's do the same), unless inputs are integers too: vLLM
+            misreads such scales there, as it does W4A16's if `VLLM_MARLIN_INPUT_DTYPE=int8` is set. Default: "hessian".
         refine: rounds of coordinate descent on the codes (Behdin et al. 2023, arXiv 2309.01885) and joint least
             squares on the scales, after the sweep. Default: 2.
         correct: share, 0 to 1, of the drift of the layer's input from the uncompressed model's that its weights are
