@@ -310,8 +310,6 @@ def run_paired(args: argparse.Namespace, results: Results) -> int:
 def middle(values: Iterable[float], digits: int) -> str:
     """The median, and in brackets the single values if there are several."""
     found = list(values)
-    if not found:
-        return ""
     single = f" ({', '.join(f'{value:.{digits}f}' for value in found)})" if len(found) > 1 else ""
     return f"{median(found):.{digits}f}{single}"
 
@@ -321,15 +319,13 @@ def row(lines: list[dict[str, Any]], texts: tuple[str, ...], timed: bool) -> lis
     cells = []
     for text in texts:
         judged = [line["judged"][text] for line in lines]
-        cells += [middle((j["kl"] for j in judged), 4), f"{median(j['ppl'] for j in judged):.2f}"]
-        cells += [f"{median(j['top1'] for j in judged):.3f}"]
+        ppl, top1 = (median(j[key] for j in judged) for key in ("ppl", "top1"))
+        cells += [middle((j["kl"] for j in judged), 4), f"{ppl:.2f}", f"{top1:.3f}"]
     on_cpu = [line for line in lines if line["device"] == "cpu"]
     for key in ("quantize_cpu_s", "peak_rss_mb") if timed else ():
         cells.append(f"{median(line[key] for line in on_cpu):.0f}" if on_cpu else "on a GPU")
-    cells += [f"{median(line['size_mb'] for line in lines):.1f}"]
     kept = [line["kept_2of4"] for line in lines if "kept_2of4" in line]
-    cells += [f"{min(kept):.4f}" if kept else ""]
-    return cells
+    return [*cells, f"{median(line['size_mb'] for line in lines):.1f}", f"{min(kept):.4f}" if kept else ""]
 
 
 def table(results: Results) -> str:

