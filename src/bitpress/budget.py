@@ -14,6 +14,7 @@ import torch
 from bitpress import ranks
 from bitpress.errors import ConfigError, PlanError
 from bitpress.math.objective import AT_ONCE
+from bitpress.math.products import without_instructions
 from bitpress.math.stats import StatsAccumulator
 from bitpress.subject import Subject
 from bitpress.threads import workers
@@ -61,6 +62,8 @@ def budget(
     widest = max((max(s.rows, s.columns) for s in sites), default=width)
     # one sequence's live activations in a block, and the float32 copy of the widest input for its Gram matrix
     sequence = length * ((4 if surveys else item) * (6 * width + 3 * widest) + 4 * widest)
+    if device.type == "cpu" and without_instructions(subject.dtype):  # a product's factors and result in float32
+        sequence += length * 4 * (width + widest)
     solver = _solver_bytes(sites, device)
     needs = ((s.columns, s.needs | {"gram"} if surveys else s.needs) for s in sites)
     grams = sorted((StatsAccumulator.nbytes(c, n) for c, n in needs if n), reverse=True)

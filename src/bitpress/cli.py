@@ -195,14 +195,14 @@ def inspect(
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the demo's files go.")] = Path("runs/demo"),
     num_samples: Annotated[
-        int | None, typer.Option(help="Calibration sequences. Default: 64; 16 where bfloat16 is slow (no AVX-512).")
+        int | None, typer.Option(help="Calibration sequences. Default: 64; 16 without a GPU and AVX-512.")
     ] = None,
     max_seq_length: MaxSeqLength = 256,
 ) -> None:
     """Compress the embedded SmolLM2-135M-Instruct to int4 and compare it with the original. Needs no network."""
     from bitpress import tables
     from bitpress.demo_model import obtain
-    from bitpress.devices import slow_bfloat16
+    from bitpress.devices import is_slow
     from bitpress.evaluate import evaluate as run
     from bitpress.oneshot import oneshot as compress
     from bitpress.report import PAGE
@@ -210,7 +210,7 @@ def demo(
 
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if num_samples is None:
-        num_samples = 16 if slow_bfloat16() else 64
+        num_samples = 16 if is_slow() else 64
     base, target = obtain(output / "SmolLM2-135M-Instruct"), output / "SmolLM2-135M-Instruct-W4A16-G64"
     recipe = written_recipe("W4A16", None, 64, Method.gptq, None, None, None)
     compress(

@@ -60,8 +60,10 @@ def working_on(device: torch.device) -> Iterator[None]:
         yield
 
 
-def slow_bfloat16() -> bool:
-    """Whether forwards in bfloat16 crawl here: no GPU, and a processor without AVX-512."""
+def is_slow() -> bool:
+    """Whether a forward takes long here: no GPU, and a processor that multiplies bfloat16 as float32."""
     import torch
 
-    return not torch.cuda.is_available() and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2")
+    from bitpress.math.products import without_instructions
+
+    return not torch.cuda.is_available() and without_instructions(torch.bfloat16)

@@ -18,6 +18,7 @@ def numerics_of(ready: Prepared, plan: Plan) -> dict[str, Any]:
     import torch
 
     from bitpress.attention import implementation
+    from bitpress.math.products import without_instructions
 
     config = ready.subject.config
     cuda = ready.device.type == "cuda"
@@ -30,6 +31,7 @@ def numerics_of(ready: Prepared, plan: Plan) -> dict[str, Any]:
         "device": name,
         "dtype": str(ready.subject.dtype),
         "attention": implementation(config, ready.device, ready.subject.dtype),
+        "products": "float32" if not cuda and without_instructions(ready.subject.dtype) else "the dtype's",
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "tuned_linears": sum(s.tuning is not None for s in plan.sites),  # memory may have ruled out experts
     }
@@ -37,8 +39,8 @@ def numerics_of(ready: Prepared, plan: Plan) -> dict[str, Any]:
 
 def adopt(recorded: dict[str, Any], now: dict[str, Any], output: Path) -> dict[str, Any]:
     """The recorded numerics, where this process can reproduce them."""
-    fixed = ("processes", "device", "dtype", "attention", "float32_matmul_precision", "tuned_linears")
-    recorded = {"processes": 1, **recorded}
+    fixed = ("processes", "device", "dtype", "attention", "products", "float32_matmul_precision", "tuned_linears")
+    recorded = {"processes": 1, "products": "the dtype's", **recorded}
     if different := [f"{k} was {recorded[k]}, is {now[k]}" for k in fixed if recorded[k] != now[k]]:
         raise PlanError(f"{output}: cannot go on with the same bits: {'; '.join(different)}. Start anew with --fresh")
     return recorded

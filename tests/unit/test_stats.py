@@ -7,7 +7,7 @@ import torch
 
 from bitpress.math import products
 from bitpress.math import stats as stats_module
-from bitpress.math.products import bfloat16_products, float32_products
+from bitpress.math.products import bfloat16_products, float32_products, widened
 from bitpress.math.stats import BLOCK_ROW, GramAccumulator, InputStats
 
 BACKEND = torch.backends.mkldnn.matmul
@@ -151,3 +151,63 @@ def test_the_setting_does_not_move_under_other_threads(exact, precision, monkeyp
     assert BACKEND.fp32_precision == precision
     with bfloat16_products(True):  # it moves again
         assert BACKEND.fp32_precision == "bf16"
+
+
+X86 = {"architecture": "x86_64"}
+
+
+@pytest.mark.parametrize(
+    ("capability", "features", "slow"),
+    [
+        ("AVX2", X86, {torch.bfloat16, torch.float16}),
+        ("AVX512", X86, {torch.bfloat16, torch.float16}),
+        ("AVX512", {**X86, "avx512_bf16": True}, {torch.float16}),
+        ("AVX512", {**X86, "amx_bf16": True, "avx512_fp16": True}, set()),
+        ("AVX2", {**X86, "avx512_bf16": True}, {torch.bfloat16, torch.float16}),  # torch is told not to use it
+        ("DEFAULT", {"architecture": "aarch64"}, set()),
+    ],
+)
+def test_which_processors_multiply_16_bits_in_float32(capability, features, slow, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    assert {t for t in dtypes if products.without_instructions.__wrapped__(t)} == slow
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_widened_products_are_those_of_the_dtype_rounded_once(dtype, monkeypatch):
+    monkeypatch.setattr(products, "without_instructions", lambda t: t != torch.float32)
+    made = torch.Generator().manual_seed(0)
+    x, w, b = (torch.randn(s, generator=made).to(dtype).requires_grad_() for s in ((2, 5, 64), (32, 64), (32,)))
+    functional = torch.nn.functional
+    cases = [
+        lambda x, w, b: functional.linear(x, w, b),
+        lambda x, w, b: x @ w.T + b,
+        lambda x, w, b: torch.addmm(b, x[0], w.T),
+        lambda x, w, b: torch.bmm(x, w.T.expand(2, 64, 32)),
+        lambda x, w, b: torch.einsum("blc,rc->blr", x, w),
+    ]
+    for case in cases:
+        with widened():
+            found = case(x, w, b)
+        exact = case(x.double(), w.double(), b.double())
+        assert found.dtype == dtype
+        assert float(((found - exact).abs() / (exact.abs() + 1)).detach().max()) <= max(
+            2 * torch.finfo(dtype).eps, 1e-5
+        )
+    slopes = torch.autograd.grad(cases[0](x.double(), w.double(), b.double()).square().sum(), (x, w, b))
+    with widened():
+        got = torch.autograd.grad(functional.linear(x, w, b).square().sum(), (x, w, b))
+    for g, s in zip(got, slopes, strict=True):
+        assert g.dtype == dtype
+        assert float((g - s).abs().max() / s.abs().max()) <= max(4 * torch.finfo(dtype).eps, 1e-5)
+
+
+def test_widened_leaves_other_products_alone(monkeypatch):
+    monkeypatch.setattr(products, "without_instructions", lambda t: t != torch.float32)
+    with widened():
+        a = torch.ones(2, 2)
+        assert (a @ a).dtype == torch.float32
+        assert torch.equal(torch.ones(2, 2, dtype=torch.int64) @ torch.ones(2, 2, dtype=torch.int64), 2 * a.long())
+        with pytest.raises(RuntimeError):  # two dtypes are an error as without it
+            torch.nn.functional.linear(a, a.bfloat16())

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 _held = False  # whether the process-wide switch of the CPU's products must stay as it is
 
@@ -84,3 +86,51 @@ def mode_is_exact() -> bool:
             if float((a @ b - exact).abs().max() / exact.abs().max()) > 1e-5:
                 return False
     return True
+
+
+def widened() -> Any:
+    """A context in which products of matrices in 16 bits on the CPU are float32 products, rounded at the end.
+
+    Only where the processor has no instructions for them: there they take 6 to 13 times as long as in float32. What is
+    rounded is what the instructions would give: products of 16 bits are exact in float32, and sums are made there.
+    """
+    slow = {t for t in (torch.bfloat16, torch.float16) if without_instructions(t)}
+    return _Widened(slow) if slow else nullcontext()
+
+
+@cache
+def without_instructions(dtype: torch.dtype) -> bool:
+    """Whether a processor of the x86 kind multiplies matrices of a 16-bit dtype by taking numbers apart one by one."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return False
+    capability = torch.backends.cpu.get_cpu_capability()
+    if not hasattr(torch.cpu, "get_capabilities"):
+        return capability in ("DEFAULT", "NO AVX", "AVX2")
+    found = torch.cpu.get_capabilities()
+    if found.get("architecture") != "x86_64":
+        return False
+    units = ("avx512_bf16", "amx_bf16") if dtype == torch.bfloat16 else ("avx512_fp16", "amx_fp16")
+    return capability == "AVX2" or not any(found.get(unit) for unit in units)
+
+
+PRODUCTS = frozenset({
+    torch.nn.functional.linear, torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum,
+    Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm, Tensor.addmm, Tensor.baddbmm,
+})  # fmt: skip
+
+
+class _Widened(TorchFunctionMode):
+    """See `widened`; `slow`: the dtypes that it is for."""
+
+    def __init__(self, slow: set[torch.dtype]) -> None:
+        self.slow = slow
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in PRODUCTS:
+            factors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+            dtype = factors[0].dtype
+            if dtype in self.slow and all(x.dtype == dtype and x.device.type == "cpu" for x in factors):
+                args, kwargs = tree_map_only(Tensor, Tensor.float, (args, kwargs))
+                return func(*args, **kwargs).to(dtype)
+        return func(*args, **kwargs)
