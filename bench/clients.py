@@ -2,12 +2,13 @@
 
 python bench/clients.py MODEL --text FILE [--work DIR] [--cases w4-sym:gptq ...] [--clients vllm ...] [--dtype float32]
 
-Makes checkpoints of MODEL (rounded to nearest, groups of 64), scores one window of FILE in each client that its format
-is for, and prints a Markdown table: mean negative log likelihood in nats per token beside that of bitpress's own loader
-on the same tokens, the largest difference of a token, and whether 24 greedy tokens are equal (where the two best are
-close, rounding decides them: read the differences). lm-evaluation-harness tells only a sum, of the tokens after the
-first 32 or so. `python bench/clients.py CHECKPOINT ... --as-is` scores finished
-ones. bench/envs.sh makes the clients' environments; a client without one is left out, and the table says so.
+Makes checkpoints of MODEL (rounded to nearest, groups of 64; "signed": scales are searched, some are negative), scores
+one window of FILE in each client that its format is for, and prints a Markdown table: mean negative log likelihood in
+nats per token beside that of bitpress's own loader on the same tokens, the largest difference of a token, and whether
+24 greedy tokens are equal (where the two best are close, rounding decides them: read the differences).
+lm-evaluation-harness tells only a sum, of the tokens after the first 32 or so. `python bench/clients.py CHECKPOINT ...
+--as-is` scores finished ones. `--vllm-options JSON` goes to vllm.LLM. bench/envs.sh makes the clients' environments; a
+client without one is left out, and the table says so.
 """
 
 from __future__ import annotations
@@ -37,13 +38,14 @@ CLIENTS: dict[str, tuple[str | None, str, tuple[str, ...]]] = {
 # vLLM registers the operator of its packed integers where there is AVX-512
 NO_KERNEL = ("has no attribute 'cpu_gemm_wna16'", "vLLM's kernel of packed integers needs a processor with AVX-512")
 SCHEMES = {
-    "w4-sym": "W4A16", "w4-asym": "W4A16_ASYM", "w8-sym": "W8A16", "w3-sym": "W3A16", "w2-asym": "W2A16_ASYM",
-    "w8a8": "W8A8", "fp8": "FP8_DYNAMIC", "nf4": "NF4",
+    "w4-sym": "W4A16", "w4-signed": "W4A16", "w4-asym": "W4A16_ASYM", "w8-sym": "W8A16", "w3-sym": "W3A16",
+    "w2-asym": "W2A16_ASYM", "w8a8": "W8A8", "fp8": "FP8_DYNAMIC", "nvfp4a16": "NVFP4A16", "nf4": "NF4",
 }  # fmt: skip
 CASES = (
-    "w4-sym:dense", "w4-sym:compressed-tensors", "w4-asym:compressed-tensors", "w8-sym:compressed-tensors",
-    "w8a8:compressed-tensors", "fp8:compressed-tensors", "w4-sym:gptq", "w4-asym:gptq", "w8-sym:gptq", "w3-sym:gptq",
-    "w2-asym:gptq", "w4-sym:gptq_v2", "w4-asym:awq", "nf4:bitsandbytes", "w4-sym:gguf", "w4-asym:gguf", "w8-sym:gguf",
+    "w4-sym:dense", "w4-sym:compressed-tensors", "w4-signed:compressed-tensors", "w4-asym:compressed-tensors",
+    "w8-sym:compressed-tensors", "w8a8:compressed-tensors", "fp8:compressed-tensors", "nvfp4a16:compressed-tensors",
+    "w4-sym:gptq", "w4-signed:gptq", "w4-asym:gptq", "w8-sym:gptq", "w3-sym:gptq", "w2-asym:gptq", "w4-sym:gptq_v2",
+    "w4-asym:awq", "nf4:bitsandbytes", "w4-sym:gguf", "w4-signed:gguf", "w4-asym:gguf", "w8-sym:gguf",
 )  # fmt: skip
 COLUMNS = ("client", "format", "scheme", "loads", "kernel", "NLL", "bitpress", "largest difference", "greedy equal")
 
@@ -54,15 +56,17 @@ def make(model: Path, case: str, work: Path) -> Path:
 
     scheme, _, stored = case.partition(":")
     folder = work / case.replace(":", "-")
-    grouped = SCHEMES[scheme].startswith("W") and scheme != "w8a8"
-    options: dict[str, Any] = {"group_size": 64} if grouped else {}
-    if scheme != "nf4":
-        options["method"] = "rtn"
-    oneshot(model, None, scheme=SCHEMES[scheme], output_dir=folder, format=stored, **options)
+    keys: dict[str, Any] = {} if scheme == "nf4" else {"scheme": SCHEMES[scheme], "ignore": ["lm_head"]}
+    if SCHEMES[scheme].startswith("W") and scheme != "w8a8":
+        keys["group_size"] = 64
+    if scheme == "w4-signed":
+        keys["observer"] = "mse"
+    modifier = "BitsAndBytesModifier" if scheme == "nf4" else "QuantizationModifier"
+    oneshot(model, None, {"quant_stage": {"quant_modifiers": {modifier: keys}}}, output_dir=folder, format=stored)
     return folder
 
 
-def score(client: str, env: str | None, folder: Path, ids: Path, dtype: str) -> dict[str, Any]:
+def score(client: str, env: str | None, folder: Path, ids: Path, dtype: str, options: str = "{}") -> dict[str, Any]:
     """What client_scores.py says of a checkpoint, or `error` with the end of its log."""
     python = sys.executable if env is None else str(ENVS / env / "bin" / "python")
     environment = os.environ | VLLM | {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -70,7 +74,7 @@ def score(client: str, env: str | None, folder: Path, ids: Path, dtype: str) -> 
         environment.pop("PYTHONPATH", None)
     with tempfile.TemporaryDirectory() as work:
         target = Path(work) / "scores.json"
-        command = [python, str(HERE / "client_scores.py"), client, str(folder), str(ids), str(target), dtype]
+        command = [python, str(HERE / "client_scores.py"), client, str(folder), str(ids), str(target), dtype, options]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
         if NO_KERNEL[0] in done.stderr:
             return {"error": NO_KERNEL[1]}
@@ -104,6 +108,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="*", default=CASES)
     parser.add_argument("--clients", nargs="*", default=list(CLIENTS), choices=CLIENTS)
     parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--vllm-options", default="{}")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     args = parser.parse_args()
 
@@ -136,7 +141,7 @@ def main() -> None:
                 print(f"| {client} | {' | '.join(said)} | no environment: bash bench/envs.sh | | | | | |", flush=True)
                 continue
             half = args.dtype == "float32" and "vllm" in name and found.method in ("gptq", "awq")  # its only dtypes
-            scores = score(name, env, folder, ids, "bfloat16" if half else args.dtype)
+            scores = score(name, env, folder, ids, "bfloat16" if half else args.dtype, args.vllm_options)
             versions.setdefault(client, scores.get("versions", {}))
             print(f"| {' | '.join(row(client, said, scores, own))} |", flush=True)
     for client, packages in versions.items():

@@ -21,6 +21,7 @@ from bitpress import convert, oneshot
 BENCH = Path(__file__).resolve().parent.parent.parent / "bench"
 ENVS = os.environ.get("BITPRESS_BENCH_ENVS")
 VLLM = {"VLLM_CPU_INT4_W4A8": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+MODIFIERS = {"NF4": "BitsAndBytesModifier"}
 IDS = torch.randint(3, 1000, (48,), generator=torch.Generator().manual_seed(0)).tolist()
 
 pytestmark = pytest.mark.client
@@ -55,8 +56,9 @@ def base(tmp_path_factory):
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.08)
     model.save_pretrained(folder)
-    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"t{i}": i for i in range(3, 1024)}
-    inner = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"t{i}": i for i in range(3, 1022)}
+    vocab |= {"t": 1022, "3": 1023}  # llama.cpp wants a pair that merges
+    inner = Tokenizer(models.BPE(vocab=vocab, merges=[("t", "3")]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.add_special_tokens(["<unk>", "<s>", "</s>"])
     made = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
@@ -71,15 +73,8 @@ def scores(client, environment, folder, tmp_path, dtype):
     variables = os.environ | VLLM | {"HF_HUB_OFFLINE": "1"}
     if environment is not None:
         variables.pop("PYTHONPATH", None)
-    command = [
-        python_of(environment),
-        str(BENCH / "client_scores.py"),
-        client,
-        str(folder),
-        str(ids),
-        str(target),
-        dtype,
-    ]
+    script = str(BENCH / "client_scores.py")
+    command = [python_of(environment), script, client, str(folder), str(ids), str(target), dtype, "{}"]
     done = subprocess.run(command, env=variables, capture_output=True, text=True, errors="replace")
     if "has no attribute 'cpu_gemm_wna16'" in done.stderr:
         pytest.skip("vLLM's CPU build has its kernel of packed integers for processors with AVX-512 only")
@@ -91,25 +86,40 @@ def scores(client, environment, folder, tmp_path, dtype):
     ("client", "environment", "scheme", "stored", "room"),
     [
         ("transformers", None, "W4A16", "compressed-tensors", 0.001),
+        ("transformers", None, "W4A16 signed", "compressed-tensors", 0.001),
         ("transformers", None, "NF4", "bitsandbytes", 0.02),
         ("transformers", "gptqmodel", "W4A16", "gptq", 0.05),
+        ("transformers", "gptqmodel", "W4A16 signed", "gptq", 0.05),
         ("transformers", "gptqmodel", "W4A16_ASYM", "gptq", 0.05),
         ("transformers", "gptqmodel", "W2A16_ASYM", "gptq", 0.05),
         ("transformers", "gptqmodel", "W3A16", "gptq", 0.05),
         ("transformers", "gptqmodel", "W8A16", "gptq_v2", 0.05),
         ("transformers", "gptqmodel", "W4A16_ASYM", "awq", 0.05),
         ("vllm", "vllm", "W4A16", "compressed-tensors", 0.05),
+        ("transformers", None, "W4A16 head", "compressed-tensors", 0.001),
+        ("vllm", "vllm", "W8A8 head", "compressed-tensors", 0.1),
+        ("vllm", "vllm", "W4A16 head", "compressed-tensors", 0.05),
+        ("vllm", "vllm", "W4A16 signed", "compressed-tensors", 0.05),
         ("vllm", "vllm", "W4A16", "gptq", 0.05),
+        ("vllm", "vllm", "W4A16 signed", "gptq", 0.05),
         ("vllm", "vllm", "W4A16_ASYM", "awq", 0.05),
         ("llamacpp", "llamacpp", "W4A16", "gguf", 0.1),
+        ("llamacpp", "llamacpp", "W4A16 signed", "gguf", 0.1),
         ("llamacpp", "llamacpp", "W4A16_ASYM", "gguf", 0.1),
         ("llamacpp", "llamacpp", "W8A16", "gguf", 0.1),
     ],
 )
 def test_a_client_says_what_bitpress_says(base, tmp_path, client, environment, scheme, stored, room):
     python_of(environment)
-    options = {} if scheme == "NF4" else {"group_size": 64, "method": "rtn"}
-    folder = oneshot(base, None, scheme=scheme, output_dir=tmp_path / "out", format=stored, **options).folder
+    keys = {} if scheme == "NF4" else {"scheme": scheme.split()[0]}
+    if "A16" in scheme:
+        keys["group_size"] = 64
+    if scheme.endswith("signed"):  # scales that are searched may be negative
+        keys["observer"] = "mse"
+    if scheme != "NF4" and not scheme.endswith("head"):
+        keys["ignore"] = ["lm_head"]
+    recipe = {"quant_stage": {"quant_modifiers": {MODIFIERS.get(scheme, "QuantizationModifier"): keys}}}
+    folder = oneshot(base, None, recipe, output_dir=tmp_path / "out", format=stored).folder
     dtype = "float32" if environment is None else "bfloat16"
     theirs = scores(client, environment, folder, tmp_path, dtype)
     ours = scores("bitpress", None, folder, tmp_path, dtype)

@@ -56,6 +56,9 @@ def test_a_slip_in_ignore_is_told(base, tmp_path):
     recipe = {"QuantizationModifier": {"scheme": "W4A16", "group_size": 16, "ignore": ["lm_haed"]}}
     report, _ = run(base, tmp_path / "out", recipe)
     assert any("'lm_haed' matches no linear" in note and "lm_head" in note for note in report["notes"])
+    # vLLM takes the head for no Linear, so it is named
+    groups = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["config_groups"]
+    assert groups["group_0"]["targets"] == ["Linear", "lm_head"]
 
 
 @pytest.mark.parametrize("left", ["q_proj", "k_proj"])

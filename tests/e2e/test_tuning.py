@@ -77,17 +77,17 @@ def test_nearer_than_without_and_it_loads(base, tmp_path):
         says = after["tuned"]
         assert 0 < says["after"] < says["before"] and 0 < says["steps"] <= 24
         assert says["loss"] == ("mse" if ".layers.0." in after["name"] else "kl")
-    # what is told of the last block is lower in the weights that are stored: the model's own predictions
+    # what the last block is tuned for, the model's predictions, is nearer in the weights that are stored
     tokens = torch.tensor([r["input_ids"] for r in unseen])
     wanted = client_of_dense(base)(input_ids=tokens).logits.log_softmax(-1)
+    lost = []
+    for name in ("tuned", "gptq"):
+        found = client(tmp_path / name, torch.float32)(input_ids=tokens).logits.log_softmax(-1)
+        lost.append(float((wanted.exp() * (wanted - found)).sum().detach()))
+    assert lost[0] < 0.97 * lost[1]
     alike = {"TuneModifier": {**TUNE["TuneModifier"], "last_block_loss": "mse"}}
     oneshot(base, ROWS, {"modifiers": [GPTQ, alike]}, output_dir=tmp_path / "alike", **OPTIONS)
     assert {r["tuned"]["loss"] for r in report(tmp_path / "alike")["layers"]} == {"mse"}
-    lost = []
-    for name in ("tuned", "alike"):
-        found = client(tmp_path / name, torch.float32)(input_ids=tokens).logits.log_softmax(-1)
-        lost.append(float((wanted.exp() * (wanted - found)).sum().detach()))
-    assert lost[0] < lost[1]
     assert not any("TuneModifier" in note for note in tuned["notes"])
     # the error is that of the weights as they are stored, on the inputs that the block had
     first = next(r for r in tuned["layers"] if r["name"].endswith("layers.0.self_attn.q_proj"))

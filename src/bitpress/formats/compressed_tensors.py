@@ -86,7 +86,8 @@ def _settings(
         by_scheme.values(), key=lambda p: (sum(s.expert is not None for s in p[1]), len(p[1])), reverse=True
     )
     for i, (scheme, mine) in enumerate(ranked):
-        targets = ["Linear"] if i == 0 else list(dict.fromkeys(n for s in mine for n in (s.name, s.module)))
+        named = [s for s in mine if i > 0 or s.block is None]  # to vLLM an output head is no Linear
+        targets = ["Linear"] * (i == 0) + list(dict.fromkeys(n for s in named for n in (s.name, s.module)))
         groups[f"group_{i}"] = {
             "targets": targets,
             **scheme.to_dict(),
