@@ -8,7 +8,7 @@ nats per token beside that of bitpress's own loader on the same tokens, the larg
 24 greedy tokens are equal (where the two best are close, rounding decides them: read the differences).
 lm-evaluation-harness tells only a sum, of the tokens after the first 32 or so. `python bench/clients.py CHECKPOINT ...
 --as-is` scores finished ones. `--vllm-options JSON` goes to vllm.LLM. bench/envs.sh makes the clients' environments; a
-client without one is left out, and the table says so.
+client without one is left out, and the table says so. A case may name any preset: FP8_BLOCK:compressed-tensors.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ SCHEMES = {
     "w4-sym": "W4A16", "w4-signed": "W4A16", "w4-asym": "W4A16_ASYM", "w8-sym": "W8A16", "w3-sym": "W3A16",
     "w2-asym": "W2A16_ASYM", "w8a8": "W8A8", "fp8": "FP8_DYNAMIC", "nvfp4a16": "NVFP4A16", "nf4": "NF4",
 }  # fmt: skip
+GROUPED = ("w4-sym", "w4-signed", "w4-asym", "w8-sym", "w3-sym", "w2-asym")
 CASES = (
     "w4-sym:dense", "w4-sym:compressed-tensors", "w4-signed:compressed-tensors", "w4-asym:compressed-tensors",
     "w8-sym:compressed-tensors", "w8a8:compressed-tensors", "fp8:compressed-tensors", "nvfp4a16:compressed-tensors",
@@ -54,14 +55,16 @@ def make(model: Path, case: str, work: Path) -> Path:
     """A checkpoint of a case, made once."""
     from bitpress import oneshot
 
-    scheme, _, stored = case.partition(":")
+    name, _, stored = case.partition(":")
     folder = work / case.replace(":", "-")
-    keys: dict[str, Any] = {} if scheme == "nf4" else {"scheme": SCHEMES[scheme], "ignore": ["lm_head"]}
-    if SCHEMES[scheme].startswith("W") and scheme != "w8a8":
+    keys: dict[str, Any] = {"scheme": SCHEMES.get(name, name), "ignore": ["lm_head"]}
+    if name in GROUPED:
         keys["group_size"] = 64
-    if scheme == "w4-signed":
+    if name == "w4-signed":
         keys["observer"] = "mse"
-    modifier = "BitsAndBytesModifier" if scheme == "nf4" else "QuantizationModifier"
+    if name == "nf4":
+        keys = {}
+    modifier = "BitsAndBytesModifier" if name == "nf4" else "QuantizationModifier"
     oneshot(model, None, {"quant_stage": {"quant_modifiers": {modifier: keys}}}, output_dir=folder, format=stored)
     return folder
 

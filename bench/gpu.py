@@ -230,6 +230,8 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(0, VOCAB, (args.samples + 8, args.length), generator=generator).tolist()
     rows, unseen = rows[:-8], rows[-8:]
+    if args.work is not None:
+        args.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.work) as work:
         model, out, tokens = Path(work) / "model", Path(work) / "out", Path(work) / "tokens.json"
         write_model(model, args.shape, args.blocks)
