@@ -15,6 +15,9 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 WORDS = [f"w{i}" for i in range(90)]
+# keys of GPTQModifier that leave out its search for scales and the refinement of codes, three quarters of its time:
+# for tests of what is around the solver
+PLAIN = {"observer": "minmax", "refine": 0}
 
 
 def make_tokenizer(folder: Path, *, chat: bool = True) -> Any:

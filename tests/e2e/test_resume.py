@@ -18,11 +18,11 @@ import torch
 from bitpress import CheckpointError, ConfigError, PlanError, checkpoint, inspect_checkpoint, journal, oneshot, output
 from bitpress.result import SavedModel
 from conftest import build, save, token_rows
-from helpers import assert_same_tensors, make_tokenizer, tensors
+from helpers import PLAIN, assert_same_tensors, make_tokenizer, tensors
 
 ROWS = token_rows()
 OPTIONS = {"max_seq_length": 32, "num_calibration_samples": 12}
-W4 = {"GPTQModifier": {"scheme": "W4A16", "group_size": 16, "ignore": ["lm_head"]}}
+W4 = {"GPTQModifier": {"scheme": "W4A16", "group_size": 16, "ignore": ["lm_head"], **PLAIN}}
 BLOCKS = 6
 
 
@@ -138,11 +138,33 @@ class Killed(BaseException):
     """Nothing in the product catches it."""
 
 
-@pytest.fixture
-def base(tmp_path):
-    folder = save(build("llama", torch.bfloat16), tmp_path / "base")
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = save(build("llama", torch.bfloat16), tmp_path_factory.mktemp("resume") / "base")
     make_tokenizer(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def straight(base):
+    """What an uninterrupted run makes of the base."""
+    folder = base.parent / "straight"
+    oneshot(base, ROWS, W4, output_dir=folder, **OPTIONS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    """Runs that several tests compare with, each made once: a function of a key and of what makes the folder."""
+    place, made = tmp_path_factory.mktemp("once"), {}
+
+    def get(key, make):
+        if key not in made:
+            folder = place / str(len(made))
+            made[key] = folder, make(folder)
+        return made[key]
+
+    return get
 
 
 def stop_after(monkeypatch, shards):
@@ -171,8 +193,7 @@ STEPS = {
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("step", STEPS)
-def test_killed_while_it_finishes(step, when, base, tmp_path, monkeypatch):
-    oneshot(base, ROWS, W4, output_dir=tmp_path / "straight", **OPTIONS)
+def test_killed_while_it_finishes(step, when, base, straight, tmp_path, monkeypatch):
     out = tmp_path / "out"
     holder, name = STEPS[step]
     real, real_finish = getattr(holder, name), output.Output.finish
@@ -198,29 +219,32 @@ def test_killed_while_it_finishes(step, when, base, tmp_path, monkeypatch):
     # every block is read from its shard, none is solved again
     monkeypatch.setattr("bitpress.solving._solve", None)
     assert isinstance(oneshot(base, ROWS, W4, output_dir=out, **OPTIONS), SavedModel)
-    assert digests(out) == digests(tmp_path / "straight")
+    assert digests(out) == digests(straight)
     assert not (out / ".bitpress").exists()
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 @pytest.mark.parametrize("where", ["folder", "memory"])
 @pytest.mark.parametrize(("shards", "correct"), [(0, 0.0), (1, 0.0), (2, 0.0), (1, 0.5)])
-def test_going_on_after_each_shard(shards, correct, where, family, tmp_path, monkeypatch):
+def test_going_on_after_each_shard(shards, correct, where, family, once, tmp_path, monkeypatch):
     def given():
         return build(family, torch.bfloat16) if where == "memory" else tmp_path / "base"
 
     if where == "folder":
         save(build(family, torch.bfloat16), tmp_path / "base")
-    recipe = {"GPTQModifier": {"scheme": "W4A16", "group_size": 16, "correct": correct}}  # the head too
-    straight = oneshot(given(), ROWS, recipe, output_dir=tmp_path / "straight", **OPTIONS)
+    more = {"correct": correct} if correct else PLAIN
+    recipe = {"GPTQModifier": {"scheme": "W4A16", "group_size": 16, **more}}  # the head too
+    folder, straight = once(
+        (correct, where, family), lambda out: oneshot(given(), ROWS, recipe, output_dir=out, **OPTIONS)
+    )
     stop_after(monkeypatch, shards)
     with pytest.raises(Killed):
         oneshot(given(), ROWS, recipe, output_dir=tmp_path / "out", **OPTIONS)
     monkeypatch.undo()
     model = given()
     resumed = oneshot(model, ROWS, recipe, output_dir=tmp_path / "out", resume=True, **OPTIONS)
-    assert digests(tmp_path / "out") == digests(tmp_path / "straight")
-    rows = [json.loads((tmp_path / f / "report.json").read_text())["layers"] for f in ("straight", "out")]
+    assert digests(tmp_path / "out") == digests(folder)
+    rows = [json.loads((f / "report.json").read_text())["layers"] for f in (folder, tmp_path / "out")]
     for a, b in zip(*rows, strict=True):
         assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
     if where == "memory":
@@ -242,7 +266,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("finished", [False, True], ids=["unfinished", "finished"])
 @pytest.mark.parametrize("what", CHANGES)
-def test_other_arguments_are_refused_and_named(what, finished, base, tmp_path, monkeypatch):
+def test_other_arguments_are_refused_and_named(what, finished, base, once, tmp_path, monkeypatch):
     out, same = tmp_path / "out", {"output_dir": tmp_path / "out", "shuffle_calibration_samples": False, **OPTIONS}
     if finished:
         oneshot(base, ROWS, W4, **same)
@@ -261,8 +285,8 @@ def test_other_arguments_are_refused_and_named(what, finished, base, tmp_path, m
 
     # --fresh starts anew
     oneshot(base, data, recipe, **{**same, **changes}, fresh=True)
-    oneshot(base, data, recipe, **{**same, **changes, "output_dir": tmp_path / "straight"})
-    assert digests(out) == digests(tmp_path / "straight")
+    folder, _ = once(what, lambda out: oneshot(base, data, recipe, **{**same, **changes, "output_dir": out}))
+    assert digests(out) == digests(folder)
 
 
 def test_another_model_is_refused(base, tmp_path, monkeypatch):
@@ -318,9 +342,8 @@ def test_a_shard_that_was_damaged_after_it_was_finished(base, tmp_path, monkeypa
     assert inspect_checkpoint(out).finished
 
 
-def test_a_line_of_the_journal_cut_short(base, tmp_path, monkeypatch):
+def test_a_line_of_the_journal_cut_short(base, straight, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    oneshot(base, ROWS, W4, output_dir=tmp_path / "straight", **OPTIONS)
     stop_after(monkeypatch, 2)
     with pytest.raises(Killed):
         oneshot(base, ROWS, W4, output_dir=out, **OPTIONS)
@@ -328,7 +351,7 @@ def test_a_line_of_the_journal_cut_short(base, tmp_path, monkeypatch):
     log = out / ".bitpress/journal.jsonl"
     log.write_bytes(log.read_bytes()[:-20])
     oneshot(base, ROWS, W4, output_dir=out, resume=True, **OPTIONS)
-    assert digests(out) == digests(tmp_path / "straight")
+    assert digests(out) == digests(straight)
 
 
 def test_numerics_of_the_first_start_are_kept(base, tmp_path, monkeypatch):
@@ -361,7 +384,7 @@ def test_other_numerics_that_cannot_be_had_are_refused(base, tmp_path, monkeypat
         oneshot(base, ROWS, W4, output_dir=out, **OPTIONS)
 
 
-def test_a_killed_write_leaves_no_shard(base, tmp_path, monkeypatch):
+def test_a_killed_write_leaves_no_shard(base, straight, tmp_path, monkeypatch):
     """A file is moved to its name when it is whole and on the disk."""
     out = tmp_path / "out"
 
@@ -374,5 +397,4 @@ def test_a_killed_write_leaves_no_shard(base, tmp_path, monkeypatch):
             oneshot(base, ROWS, W4, output_dir=out, **OPTIONS)
     assert not list(out.rglob("*.safetensors")) and not (out / "config.json").exists()
     oneshot(base, ROWS, W4, output_dir=out, **OPTIONS)
-    oneshot(base, ROWS, W4, output_dir=tmp_path / "straight", **OPTIONS)
-    assert digests(out) == digests(tmp_path / "straight")
+    assert digests(out) == digests(straight)
