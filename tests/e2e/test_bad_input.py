@@ -492,19 +492,21 @@ def test_a_storage_format_that_is_not_there():
         model.save_pretrained("unused", quantization_format="int-quantised")
 
 
-def run(*words):
-    return subprocess.run([sys.executable, "-m", "bitpress", *map(str, words)], capture_output=True, text=True)
-
-
 @pytest.mark.parametrize("verb", ["oneshot", "plan"])
-def test_the_command_line_says_one_message(verb, shared, tmp_path):
-    done = run(verb, shared, "-o", tmp_path / "out", "--scheme", "W4A16", "--group-size", "24")
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("PlanError: 2 problems\n  model.layers.0.self_attn.q_proj: 32 input columns are not")
-    assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+def test_the_command_line_says_one_message(verb, shared, tmp_path, monkeypatch, capsys):
+    words = [verb, shared, "-o", tmp_path / "out", "--scheme", "W4A16", "--group-size", "24"]
+    if verb == "oneshot":  # as people start it; the others in this process, which has imported all that it takes
+        command = [sys.executable, "-m", "bitpress", *map(str, words)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        code, out, err = done.returncode, done.stdout, done.stderr
+    else:
+        code, out, err = written(monkeypatch, capsys, *words)
+    assert code == 1 and out == ""
+    assert err.startswith("PlanError: 2 problems\n  model.layers.0.self_attn.q_proj: 32 input columns are not")
+    assert "Traceback" not in err and not (tmp_path / "out").exists()
 
 
-def cli(monkeypatch, capsys, *words):
+def written(monkeypatch, capsys, *words):
     """The command line in this process: exit code, output, errors."""
     from bitpress.cli import main
 
@@ -512,7 +514,13 @@ def cli(monkeypatch, capsys, *words):
     with pytest.raises(SystemExit) as ended:
         main()
     printed = capsys.readouterr()
-    return ended.value.code, printed.out, " ".join(printed.err.split())
+    return ended.value.code, printed.out, printed.err
+
+
+def cli(monkeypatch, capsys, *words):
+    """The same, with the errors in one line."""
+    code, out, err = written(monkeypatch, capsys, *words)
+    return code, out, " ".join(err.split())
 
 
 @pytest.mark.parametrize("verb", ["oneshot", "plan"])

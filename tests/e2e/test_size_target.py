@@ -18,17 +18,36 @@ from bitpress.modifiers.quantization import GPTQModifier, QuantizationModifier
 from bitpress.recipe import Recipe
 from bitpress.size_target import fusion_groups
 from conftest import build, save, token_rows
-from helpers import assert_same_tensors, client, logits, make_tokenizer, tensors
+from helpers import PLAIN, assert_same_tensors, client, logits, make_tokenizer, tensors
 
 ROWS = token_rows()
 OPTIONS = {"max_seq_length": 32, "num_calibration_samples": 12}
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
+SMALL = {"hidden_size": 64, "intermediate_size": 128}
 
 
 def folder_of(tmp_path, family="llama", **changes):
     base = tmp_path / "base"
     make_tokenizer(save(build(family, torch.bfloat16, **changes), base))
     return base
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    return folder_of(tmp_path_factory.mktemp("wide"), **WIDE)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return folder_of(tmp_path_factory.mktemp("small"), **SMALL)
+
+
+@pytest.fixture(scope="module")
+def chosen(wide):
+    """The wide model at 4.25 bits."""
+    out = wide.parent / "chosen"
+    oneshot(wide, ROWS, bits=4.25, output_dir=out, **OPTIONS)
+    return out
 
 
 def report_of(folder):
@@ -47,16 +66,19 @@ def stored_bits(folder, inside="layers"):
 
 
 @pytest.mark.parametrize("bits", [4.25, 4.4, 3.3, 6.0])
-def test_the_size_is_met_and_partners_agree(tmp_path, bits):
-    base, out = folder_of(tmp_path, **WIDE), tmp_path / "out"
-    oneshot(base, ROWS, bits=bits, output_dir=out, **OPTIONS)
+def test_the_size_is_met_and_partners_agree(tmp_path, bits, request):
+    if bits == 4.25:
+        out, blocks = request.getfixturevalue("chosen"), 3
+    else:
+        out, blocks = tmp_path / "out", 2
+        oneshot(request.getfixturevalue("small"), ROWS, bits=bits, output_dir=out, **OPTIONS)
     section = report_of(out)["size_target"]
     assert section["bits"] == bits and abs(section["bits_per_weight"] / bits - 1) <= 0.01
     assert stored_bits(out) == pytest.approx(section["bits_per_weight"], rel=1e-4)
     assert inspect_checkpoint(out).bits_per_weight == pytest.approx(section["bits_per_weight"], rel=1e-3)
     scheme = {row["name"]: row["scheme"] for row in report_of(out)["layers"]}
-    assert len(scheme) == 3 * 7 and len(set(scheme.values())) > 1
-    for i in range(3):
+    assert len(scheme) == blocks * 7 and len(set(scheme.values())) > 1
+    for i in range(blocks):
         layer = f"model.layers.{i}"
         assert len({scheme[f"{layer}.self_attn.{p}_proj"] for p in "qkv"}) == 1
         assert len({scheme[f"{layer}.mlp.{p}_proj"] for p in ("gate", "up")}) == 1
@@ -67,25 +89,25 @@ def test_the_size_is_met_and_partners_agree(tmp_path, bits):
     assert torch.isfinite(logits(model)).all()
 
 
-def test_its_recipe_gives_the_same_checkpoint_without_a_survey(tmp_path, monkeypatch):
-    base, out, again = folder_of(tmp_path, **WIDE), tmp_path / "out", tmp_path / "again"
-    oneshot(base, ROWS, bits=4.3, output_dir=out, **OPTIONS)
-    text = (out / "recipe.yaml").read_text()
+def test_its_recipe_gives_the_same_checkpoint_without_a_survey(wide, chosen, tmp_path, monkeypatch):
+    again = tmp_path / "again"
+    text = (chosen / "recipe.yaml").read_text()
     assert Recipe.load(text).to_yaml() == text and "bits" not in Recipe.load(text).to_dict()
     monkeypatch.setattr(decision, "survey", None)
-    oneshot(base, ROWS, text, output_dir=again, **OPTIONS)
-    assert_same_tensors(tensors(out), tensors(again))
-    assert (out / "config.json").read_text() == (again / "config.json").read_text()
+    oneshot(wide, ROWS, text, output_dir=again, **OPTIONS)
+    assert_same_tensors(tensors(chosen), tensors(again))
+    assert (chosen / "config.json").read_text() == (again / "config.json").read_text()
 
 
 def test_experts_of_a_layer_share_a_scheme(tmp_path):
-    base = folder_of(tmp_path, "qwen3_moe", hidden_size=64, moe_intermediate_size=64, num_hidden_layers=3)
+    base = folder_of(tmp_path, "qwen3_moe", hidden_size=64, moe_intermediate_size=64)
     out = tmp_path / "out"
-    oneshot(base, ROWS, {"GPTQModifier": {"bits": 4.3, "ignore": ["lm_head", "re:.*gate$"]}}, output_dir=out, **OPTIONS)
+    recipe = {"GPTQModifier": {"bits": 4.3, "ignore": ["lm_head", "re:.*gate$"], **PLAIN}}
+    oneshot(base, ROWS, recipe, output_dir=out, **OPTIONS)
     section = report_of(out)["size_target"]
     assert abs(stored_bits(out) / 4.3 - 1) <= 0.01
     scheme = {row["name"]: row["scheme"] for row in report_of(out)["layers"]}
-    for i in range(3):
+    for i in range(2):
         mine = {s for name, s in scheme.items() if f"layers.{i}.mlp.experts" in name}
         assert len(mine) == 1 and "ASYM" not in mine.pop()
     assert any(g["linears"] == 12 for g in section["groups"])
@@ -110,9 +132,9 @@ def test_rounding_and_a_model_in_memory_with_its_head(tmp_path):
     assert torch.equal(logits(other), logits(done))
 
 
-def test_full_precision_is_a_choice(tmp_path):
-    base, out = folder_of(tmp_path, **WIDE), tmp_path / "out"
-    recipe = GPTQModifier(bits=5.9, candidates=["W4A16", "UNQUANTIZED"], ignore=["lm_head"])
+def test_full_precision_is_a_choice(wide, tmp_path):
+    base, out = wide, tmp_path / "out"
+    recipe = GPTQModifier(bits=5.9, candidates=["W4A16", "UNQUANTIZED"], ignore=["lm_head"], **PLAIN)
     oneshot(base, ROWS, recipe, output_dir=out, **OPTIONS)
     section = report_of(out)["size_target"]
     dense = [g["name"] for g in section["groups"] if g["scheme"] == "dense"]
@@ -126,8 +148,8 @@ def test_full_precision_is_a_choice(tmp_path):
     assert_same_tensors(tensors(out), tensors(tmp_path / "again"))
 
 
-def test_the_uniform_scheme_is_kept_where_it_wins(tmp_path, monkeypatch):
-    base, out = folder_of(tmp_path, **WIDE), tmp_path / "out"
+def test_the_uniform_scheme_is_kept_where_it_wins(small, tmp_path, monkeypatch):
+    base, out = small, tmp_path / "out"
     monkeypatch.setattr(decision, "compare", lambda run, target, rivals: {n: float(n == "mixed") for n in rivals})
     oneshot(base, ROWS, bits=4.25, output_dir=out, **OPTIONS)
     section = report_of(out)["size_target"]
@@ -139,8 +161,8 @@ def test_the_uniform_scheme_is_kept_where_it_wins(tmp_path, monkeypatch):
     assert_same_tensors(tensors(out), tensors(plain))
 
 
-def test_the_survey_changes_nothing(tmp_path):
-    model = build("llama", torch.bfloat16, **WIDE)
+def test_the_survey_changes_nothing():
+    model = build("llama", torch.bfloat16, **SMALL)
     before = {n: p.clone() for n, p in model.state_dict().items()}
     seen = {}
 
@@ -187,12 +209,11 @@ def test_the_survey_changes_nothing(tmp_path):
         ({"bits": 4.1, "candidates": ["W4A16", {"scheme": "W4A16", "group_size": 96}]}, None, "W4A16 g96 fits none"),
     ],
 )  # fmt: skip
-def test_bad_input(tmp_path, recipe, bits, message):
-    base = folder_of(tmp_path, **WIDE)
+def test_bad_input(wide, tmp_path, recipe, bits, message):
     if isinstance(recipe, dict) and not any(key.endswith("Modifier") for key in recipe):
         recipe = {"GPTQModifier": recipe}
     with pytest.raises((ConfigError, PlanError, RecipeError), match=message):
-        oneshot(base, ROWS, recipe, bits=bits, output_dir=tmp_path / "out", **OPTIONS)
+        oneshot(wide, ROWS, recipe, bits=bits, output_dir=tmp_path / "out", **OPTIONS)
     assert not (tmp_path / "out").exists()
 
 
@@ -267,9 +288,8 @@ def run_cli(monkeypatch, *words):
     return 0
 
 
-def test_plan_says_what_will_happen(tmp_path, monkeypatch, capsys):
-    base = folder_of(tmp_path, **WIDE)
-    common = ["plan", base, "--max-seq-length", "32", "--num-samples", "8"]
+def test_plan_says_what_will_happen(wide, tmp_path, monkeypatch, capsys):
+    common = ["plan", wide, "--max-seq-length", "32", "--num-samples", "8"]
     assert run_cli(monkeypatch, *common, "--bits", "4.25", "--method", "rtn") == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "by survey" in said and "at most: exact once the survey has chosen" in said
@@ -301,9 +321,9 @@ def test_plan_says_what_will_happen(tmp_path, monkeypatch, capsys):
         ({"GPTQModifier": {"bits": 4.25, "ignore": ["lm_head"]}}, None),
     ],
 )
-def test_what_the_survey_does_not_see_is_told(tmp_path, recipe, names):
-    base, out = folder_of(tmp_path, **WIDE, head_dim=32), tmp_path / "out"
-    oneshot(base, ROWS, recipe, output_dir=out, **OPTIONS)
+def test_what_the_survey_does_not_see_is_told(small, tmp_path, recipe, names):
+    out = tmp_path / "out"
+    oneshot(small, ROWS, recipe, output_dir=out, **OPTIONS)
     told = [n for n in report_of(out)["notes"] if "the survey measures linears as they are" in n]
     assert [f"before {names};" in n for n in told] == ([] if names is None else [True])
     assert abs(report_of(out)["size_target"]["bits_per_weight"] / 4.25 - 1) <= 0.01
