@@ -18,17 +18,17 @@ from bitpress.modifiers.quantization import GPTQModifier, QuantizationModifier
 from bitpress.modifiers.smoothquant import SmoothQuantModifier
 from bitpress.transformers import SparseAutoModelForCausalLM
 from conftest import FAMILIES, build, save, token_rows
-from helpers import assert_same_tensors, client, logits, tensors
+from helpers import PLAIN, assert_same_tensors, client, logits, tensors
 
 ROWS = token_rows()
 OPTIONS = {"max_seq_length": 32, "num_calibration_samples": 12}
 G16 = {"group_size": 16, "ignore": ["lm_head"]}
 RECIPES = {
     "awq": [AWQModifier(scheme="W4A16_ASYM", n_grid=5, **G16)],
-    "awq, then gptq": [AWQModifier(n_grid=5), GPTQModifier(scheme="W4A16", **G16)],
+    "awq, then gptq": [AWQModifier(n_grid=5), GPTQModifier(scheme="W4A16", refine=0, **G16)],
     "smoothquant, then gptq": [
         SmoothQuantModifier(smoothing_strength=0.8),
-        GPTQModifier(scheme="W8A8", ignore=["lm_head"]),
+        GPTQModifier(scheme="W8A8", ignore=["lm_head"], **PLAIN),
     ],
 }
 METHODS = dict(zip(RECIPES, ("awq+rtn", "awq+gptq", "smoothquant+gptq"), strict=True))
@@ -58,17 +58,32 @@ def distance(new, old):
     return float((a - b).norm() / b.norm())
 
 
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """The folder of a model with outliers, and what a recipe makes of it; each is run once."""
+    made = {}
+
+    def get(family, name):
+        if (family, name) not in made:
+            place = tmp_path_factory.mktemp("straight")
+            base = save(with_outliers(family), place / "base")
+            run(base, RECIPES[name], place / "out")
+            made[family, name] = base, place / "out"
+        return made[family, name]
+
+    return get
+
+
 @pytest.mark.parametrize("name", RECIPES)
-def test_streamed_and_in_memory_are_the_same(name, tmp_path):
+def test_streamed_and_in_memory_are_the_same(name, straight, tmp_path):
     model = with_outliers()
-    base = save(model, tmp_path / "base")
-    run(base, RECIPES[name], tmp_path / "out")
-    written, before = tensors(tmp_path / "out"), tensors(base)
+    base, out = straight("llama", name)
+    written, before = tensors(out), tensors(base)
     changed = run(model, RECIPES[name])
     changed.save_pretrained(tmp_path / "memory", save_compressed=True)
     assert_same_tensors(tensors(tmp_path / "memory"), written)
 
-    rows = report(tmp_path / "out")["layers"]
+    rows = report(out)["layers"]
     assert {r["method"] for r in rows} == {METHODS[name]} and {r["error_of"] for r in rows} == {"output"}
     norms = [n for n in before if n.endswith("layernorm.weight")]
     moved = [n for n in norms if not torch.equal(before[n], written[n])]
@@ -76,9 +91,9 @@ def test_streamed_and_in_memory_are_the_same(name, tmp_path):
     assert moved == norms or name == "awq, then gptq"  # there a scale must save a tenth of the error
     assert torch.equal(before["model.norm.weight"], written["model.norm.weight"])
     original = AutoModelForCausalLM.from_pretrained(base, dtype="auto").eval()
-    assert distance(client(tmp_path / "out"), original) < 0.5
+    assert distance(client(out), original) < 0.5
     if "smoothquant" not in name:  # there transformers rounds activations too
-        assert torch.equal(logits(client(tmp_path / "out")), logits(changed))
+        assert torch.equal(logits(client(out)), logits(changed))
 
 
 OTHERS = ["qwen2", "gemma2", "phi3", "opt", "gpt_neox", "falcon", "olmo2", "mixtral", "qwen3_moe"]
@@ -105,9 +120,9 @@ def test_outlier_channels_cost_less_with_awq(tmp_path):
     base = save(with_outliers(dtype=torch.float32), tmp_path / "base")
     scheme = {"scheme": "W4A16", "group_size": 16, "ignore": ["lm_head"]}
     run(base, {"QuantizationModifier": scheme}, tmp_path / "rtn")
-    run(base, {"AWQModifier": {**scheme, "clip": False}}, tmp_path / "awq")
-    run(base, {"AWQModifier": scheme}, tmp_path / "clip")
-    run(base, {"AWQModifier": {}, "GPTQModifier": scheme}, tmp_path / "gptq")
+    run(base, {"AWQModifier": {**scheme, "n_grid": 8, "clip": False}}, tmp_path / "awq")
+    run(base, {"AWQModifier": {**scheme, "n_grid": 8}}, tmp_path / "clip")
+    run(base, {"AWQModifier": {"n_grid": 8}, "GPTQModifier": scheme}, tmp_path / "gptq")
     original = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     off = {n: distance(client(tmp_path / n, torch.float32), original) for n in ("rtn", "awq", "clip", "gptq")}
     assert off["awq"] < off["rtn"] and off["gptq"] < off["awq"], off
@@ -119,10 +134,9 @@ def test_outlier_channels_cost_less_with_awq(tmp_path):
     ("family", "name"),
     [*(("llama", r) for r in RECIPES), pytest.param("mixtral", "awq, then gptq", marks=pytest.mark.slow)],
 )
-def test_resumed_after_every_block_it_ends_with_the_same_bytes(family, name, tmp_path, monkeypatch):
-    base = save(with_outliers(family), tmp_path / "base")
-    run(base, RECIPES[name], tmp_path / "straight")
-    expected = tensors(tmp_path / "straight")
+def test_resumed_after_every_block_it_ends_with_the_same_bytes(family, name, straight, tmp_path, monkeypatch):
+    base, whole = straight(family, name)
+    expected = tensors(whole)
     real = output.Output.write
     stops = iter((1, 2, None))
 
@@ -143,7 +157,7 @@ def test_resumed_after_every_block_it_ends_with_the_same_bytes(family, name, tmp
 def test_little_memory_gives_the_same_bytes(family, tmp_path, monkeypatch):
     """Statistics that are not held at once are collected again once the scales are known."""
     base = save(with_outliers(family), tmp_path / "base")
-    recipe = [AWQModifier(n_grid=5), GPTQModifier(scheme="W4A16", correct=0.5, **G16)]
+    recipe = [AWQModifier(n_grid=5), GPTQModifier(scheme="W4A16", correct=0.5, **G16, **PLAIN)]
     run(base, recipe, tmp_path / "a")
     from bitpress import plan
 
@@ -170,7 +184,7 @@ def test_both_kinds_of_smoothing_in_one_stage(tmp_path):
         "floats by channel": [AWQModifier(), QuantizationModifier(scheme="FP8_DYNAMIC", ignore=["lm_head"])],
         "static inputs": [SmoothQuantModifier(), GPTQModifier(scheme="FP8", ignore=["lm_head"])],
         "pruned too": [AWQModifier(n_grid=5), SparseGPTModifier(sparsity=0.5, mask_structure="2:4", ignore=["lm_head"]),
-                       GPTQModifier(scheme="W4A16", **G16)],
+                       GPTQModifier(scheme="W4A16", refine=0, **G16)],
         "log": [SmoothQuantModifier(algorithm="log_equalization"),
                 QuantizationModifier(scheme="W8A8", ignore=["lm_head"])],
     }.items(),
