@@ -18,23 +18,25 @@ import torch
 from bitpress import BitpressError, budget, cli, oneshot, pipeline, plan, ranks
 from bitpress.blocks import Blocks
 from conftest import build, token_rows
+from helpers import PLAIN
 
 OPTIONS: dict[str, Any] = {"max_seq_length": 32, "num_calibration_samples": 12}
-GPTQ = {"scheme": "W4A16", "group_size": 16, "ignore": ["lm_head", "re:.*gate$"]}
+GPTQ = {"scheme": "W4A16", "group_size": 16, "ignore": ["lm_head", "re:.*gate$"], **PLAIN}
+WHOLE = {key: value for key, value in GPTQ.items() if key not in PLAIN}
 KV = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
 # name -> (model, recipe, other arguments)
 CASES: dict[str, tuple[str, Any, dict[str, Any]]] = {
-    "gptq": ("llama", {"GPTQModifier": GPTQ}, {}),
+    "gptq": ("llama", {"GPTQModifier": WHOLE}, {}),
     "drift": ("llama", {"GPTQModifier": {**GPTQ, "correct": 0.4, "dampening_frac": 0.05}}, {"batch_size": 1}),
     "smooth": ("llama", {"SmoothQuantModifier": {"smoothing_strength": 0.8},
                          "GPTQModifier": {"scheme": "W8A8", "ignore": ["lm_head"]}}, {}),
-    "awq": ("llama", {"AWQModifier": {}, "GPTQModifier": GPTQ}, {}),
-    "caches": ("llama", {"QuantizationModifier": {**GPTQ, "scheme": "W8A16",
-"kv_cache_scheme": KV}}, {}),
+    "awq": ("llama", {"AWQModifier": {"n_grid": 5}, "GPTQModifier": {**GPTQ, "observer": "hessian"}}, {}),
+    "caches": ("llama", {"QuantizationModifier": {
+        "scheme": "W8A16", "group_size": 16, "ignore": GPTQ["ignore"], "kv_cache_scheme": KV}}, {}),
     "experts": ("mixtral", {"GPTQModifier": GPTQ}, {"min_expert_tokens": 90}),
     "tight": ("mixtral", {"GPTQModifier": GPTQ}, {"min_expert_tokens": 0}),
     "tune": ("llama", {"GPTQModifier": GPTQ, "TuneModifier": {"iters": 10, "batch_size": 2}}, {}),
-    "size": ("llama", {"GPTQModifier": {"bits": 4.5, "ignore": ["lm_head"]}}, {}),
+    "size": ("llama", {"GPTQModifier": {"bits": 4.5, "ignore": ["lm_head"], **PLAIN}}, {}),
     "owl": ("llama", {"SparseGPTModifier": {"sparsity": 0.5, "sparsity_profile": "owl", "ignore": ["lm_head"]}}, {}),
     "stages": ("llama", {
         "sparsity_stage": {"sparsity_modifiers": {
