@@ -14,7 +14,7 @@ from bitpress.modifiers import MODIFIERS
 from bitpress.recipe import Recipe
 from bitpress.result import SavedModel
 from conftest import build, save, token_rows
-from helpers import assert_same_tensors, client, logits, make_tokenizer, tensors
+from helpers import PLAIN, assert_same_tensors, client, logits, make_tokenizer, tensors
 
 ROWS = token_rows()
 OPTIONS = {"max_seq_length": 32, "num_calibration_samples": 12}
@@ -25,11 +25,14 @@ def weights(bits, size):
     return {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": size}
 
 
-FIRST = {"GPTQModifier": {"config_groups": {"a": {"weights": weights(8, 16), "targets": ["re:.*self_attn.*"]}}}}
+FIRST = {
+    "GPTQModifier": {"config_groups": {"a": {"weights": weights(8, 16), "targets": ["re:.*self_attn.*"]}}, **PLAIN}
+}
 SECOND = {
     "GPTQModifier": {
         "ignore": ["re:.*self_attn.*", "lm_head", "re:.*gate$"],
         "config_groups": {"m": {"weights": weights(4, 16), "targets": ["Linear"]}},
+        **PLAIN,
     }
 }
 BOTH = {"attention_stage": {"quantization_modifiers": FIRST}, "mlp_stage": {"quantization_modifiers": SECOND}}
@@ -67,7 +70,7 @@ def test_the_second_stage_sees_what_the_first_has_made(family, tmp_path):
     # and is another than both at once
     at_once = {"GPTQModifier": {"config_groups": {**FIRST["GPTQModifier"]["config_groups"],
                                                   **SECOND["GPTQModifier"]["config_groups"]},
-                                "ignore": ["lm_head", "re:.*gate$"]}}  # fmt: skip
+                                "ignore": ["lm_head", "re:.*gate$"], **PLAIN}}  # fmt: skip
     once = oneshot(build(family, BF16), ROWS, at_once, **OPTIONS)
     assert not torch.equal(logits(once), logits(expected))
     if family == "llama":
@@ -148,16 +151,26 @@ def stop_after(monkeypatch, count):
     return written
 
 
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A model, and what its two stages make of it without a break: the same bytes from its folder and from memory."""
+    place = tmp_path_factory.mktemp("straight")
+    base = save(build("llama", BF16), place / "base")
+    oneshot(base, ROWS, BOTH, output_dir=place / "out", **OPTIONS)
+    oneshot(build("llama", BF16), ROWS, BOTH, output_dir=place / "memory", **OPTIONS)
+    assert_same_tensors(tensors(place / "memory"), tensors(place / "out"))
+    return {"folder": (base, place / "out"), "memory": (base, place / "memory")}
+
+
 @pytest.mark.parametrize("where", ["folder", "memory"])
 @pytest.mark.parametrize("count", [0, 1, 3, 4])
-def test_going_on_in_the_first_unfinished_stage(count, where, tmp_path, monkeypatch):
+def test_going_on_in_the_first_unfinished_stage(count, where, straight, tmp_path, monkeypatch):
     """Two blocks and the rest: three shards a stage."""
-    save(build("llama", BF16), tmp_path / "base")
+    base, whole = straight[where]
 
     def given():
-        return build("llama", BF16) if where == "memory" else tmp_path / "base"
+        return build("llama", BF16) if where == "memory" else base
 
-    oneshot(given(), ROWS, BOTH, output_dir=tmp_path / "straight", **OPTIONS)
     out = tmp_path / "out"
     stop_after(monkeypatch, count)
     with pytest.raises(Killed):
@@ -172,8 +185,8 @@ def test_going_on_in_the_first_unfinished_stage(count, where, tmp_path, monkeypa
     model = given()
     resumed = oneshot(model, ROWS, BOTH, output_dir=out, resume=True, **OPTIONS)
     assert written == [0, 1, 2, 0, 1, 2][count:]
-    assert digests(out) == digests(tmp_path / "straight")
-    rows = [json.loads((tmp_path / f / "report.json").read_text())["layers"] for f in ("straight", "out")]
+    assert digests(out) == digests(whole)
+    rows = [json.loads((f / "report.json").read_text())["layers"] for f in (whole, out)]
     for a, b in zip(*rows, strict=True):
         assert (a["name"], a["rel_error"], a["stage"]) == (b["name"], b["rel_error"], b["stage"])
     if where == "memory":

@@ -15,12 +15,12 @@ from bitpress.math.masks import Structure, holds
 from bitpress.recipe import Recipe
 from bitpress.transformers import SparseAutoModelForCausalLM
 from conftest import build, save, token_rows
-from helpers import assert_same_tensors, conversations, logits, make_tokenizer, tensors
+from helpers import PLAIN, assert_same_tensors, conversations, logits, make_tokenizer, tensors
 
 BF16 = torch.bfloat16
 KEEP = {"ConstantPruningModifier": {"targets": ["re:.*_proj.weight"], "start": 0}}
 PRUNE = {"MagnitudePruningModifier": {"mask_structure": "2:4", "ignore": ["lm_head"]}}
-GPTQ = {"GPTQModifier": {"scheme": "W4A16", "group_size": 16, "ignore": ["lm_head"]}}
+GPTQ = {"GPTQModifier": {"scheme": "W4A16", "group_size": 16, "ignore": ["lm_head"], **PLAIN}}
 STAGES = {
     "sparsity_stage": {"sparsity_modifiers": PRUNE},
     "finetuning_stage": {"finetuning_modifiers": KEEP},
@@ -134,7 +134,7 @@ def test_a_teacher_is_learnt(pruned, tmp_path):
     """More of the teacher than labels alone give, and by way of hidden states."""
     from bitpress import evaluate
 
-    rows = conversations(120)
+    rows = conversations(80)
     (tmp_path / "text.txt").write_text("\n".join(" ".join(m["content"] for m in r["messages"]) for r in rows))
     options = FAST | {"num_train_epochs": 4, "learning_rate": 3e-3, "mask_prompts": False}
     with_labels = train(pruned / "pruned", rows, KEEP, output_dir=tmp_path / "labels", **options)
@@ -283,7 +283,7 @@ def test_old_names_and_what_is_left_behind(pruned, tmp_path):
 def start(base, out):
     """All stages in a process of their own. It is forked: what takes long in a new one is importing."""
     options = FAST | {
-        "num_calibration_samples": 16, "num_train_epochs": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-3,
+        "num_calibration_samples": 16, "num_train_epochs": 1, "per_device_train_batch_size": 2, "learning_rate": 1e-3,
         "distill_teacher": "self", "save_steps": 5, "save_total_limit": 3,
     }  # fmt: skip
     process = multiprocessing.get_context("fork").Process(
