@@ -11,11 +11,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads cost more than they bring to models this small
 
-gc.set_threshold(50_000, 10, 10)  # what is imported is millions of objects, and all are looked at each time
-
 import pytest
 import torch
 
+gc.set_threshold(50_000, 10, 10)  # what is imported is millions of objects, and all are looked at each time
 if not torch.cuda.is_available():  # before anything imports triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -18,11 +18,11 @@ from bitpress.cli import app
 from bitpress.generation import generate
 from bitpress.result import SavedModel
 from conftest import build, save, token_rows
-from helpers import assert_same_tensors, make_tokenizer, tensors
+from helpers import PLAIN, assert_same_tensors, make_tokenizer, tensors
 
 ROWS = token_rows()
 OPTIONS = {"max_seq_length": 32, "num_calibration_samples": 12}
-W4 = {"GPTQModifier": {"scheme": "W4A16", "group_size": 16, "ignore": ["lm_head"]}}
+W4 = {"GPTQModifier": {"scheme": "W4A16", "group_size": 16, "ignore": ["lm_head"], **PLAIN}}
 LINEARS = 2 * 7
 
 

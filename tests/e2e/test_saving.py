@@ -16,7 +16,7 @@ from bitpress.cli import main
 from bitpress.modifiers.quantization import GPTQModifier, QuantizationModifier
 from bitpress.transformers import SparseAutoModelForCausalLM
 from conftest import build, save, token_rows
-from helpers import assert_same_tensors, client, logits, make_tokenizer, tensors
+from helpers import PLAIN, assert_same_tensors, client, logits, make_tokenizer, tensors
 
 BF16 = torch.bfloat16
 OPTIONS = {"max_seq_length": 32, "num_calibration_samples": 12}
@@ -44,7 +44,7 @@ SCHEMES = {
     "int8 asym tensor": {"config_groups": {"g": group(8, "tensor", symmetric=False)}},
     "W8A8 tensor": {"config_groups": {"g": group(8, "tensor", input_activations=ACTIVATIONS)}},
 }
-W4 = {"GPTQModifier": {"scheme": "W4A16", "group_size": 16, "ignore": ["lm_head"]}}
+W4 = {"GPTQModifier": {"scheme": "W4A16", "group_size": 16, "ignore": ["lm_head"], **PLAIN}}
 ROUND = {"QuantizationModifier": {"scheme": "W4A16", "group_size": 16, "ignore": ["lm_head"]}}
 
 
@@ -63,7 +63,7 @@ def bytes_of(folder):
 @pytest.mark.parametrize("name", SCHEMES)
 def test_packed_and_dense_hold_the_same_codes(name, tmp_path, rows):
     model = build("llama", BF16)
-    wanted = {"GPTQModifier": {"ignore": ["lm_head"], **SCHEMES[name]}}
+    wanted = {"GPTQModifier": {"ignore": ["lm_head"], **SCHEMES[name], **PLAIN}}
     returned = oneshot(model, rows, wanted, **OPTIONS)
     assert returned is model
     model.save_pretrained(tmp_path / "packed", save_compressed=True)
@@ -433,7 +433,7 @@ def test_a_failed_run_restores_the_module_too(rows):
 def test_an_untied_head_is_quantized_unless_ignored(modifier, tmp_path, rows):
     model = build("llama", BF16)
     base = save(model, tmp_path / "base")
-    everything = {modifier: {"scheme": "W4A16", "group_size": 16}}
+    everything = {modifier: {"scheme": "W4A16", "group_size": 16, "observer": "minmax"}}
     oneshot(base, rows, everything, output_dir=tmp_path / "out", **OPTIONS)
     assert "lm_head.weight_packed" in Source(tmp_path / "out").tensors
     assert "lm_head" not in config_of(tmp_path / "out")["quantization_config"]["ignore"]
@@ -552,9 +552,9 @@ def test_a_limit_that_no_block_fits_into(tmp_path, rows):
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_under_a_small_limit_hidden_states_go_to_disk(family, tmp_path, monkeypatch):
-    rows = token_rows(48, 64)
+    rows = token_rows(24, 128)
     base = save(build(family, BF16), tmp_path / "base")
-    options = {"max_seq_length": 64, "num_calibration_samples": 48, "batch_size": 1}
+    options = {"max_seq_length": 128, "num_calibration_samples": 24, "batch_size": 1}
     oneshot(base, rows, W4, output_dir=tmp_path / "roomy", **options)
 
     made = []
@@ -629,7 +629,8 @@ def test_the_command_line_writes_the_same(tmp_path, rows, monkeypatch, capsys):
         main()
     assert ended.value.code == 0
     assert "checkpoint:" in capsys.readouterr().out
-    oneshot(base, tmp_path / "rows.jsonl", W4, output_dir=tmp_path / "api", **OPTIONS)
+    whole = {"GPTQModifier": {"scheme": "W4A16", "group_size": 16, "ignore": ["lm_head"]}}
+    oneshot(base, tmp_path / "rows.jsonl", whole, output_dir=tmp_path / "api", **OPTIONS)
     assert_same_tensors(tensors(tmp_path / "cli"), tensors(tmp_path / "api"))
 
 

@@ -16,7 +16,7 @@ from bitpress.inspection import inspect_checkpoint
 from bitpress.subject import ModuleSubject
 from bitpress.transformers import SparseAutoModelForCausalLM
 from conftest import build, save, token_rows
-from helpers import assert_told_alike, client, logits, make_tokenizer, tensors
+from helpers import PLAIN, assert_told_alike, client, logits, make_tokenizer, tensors
 
 OPTIONS = {"max_seq_length": 32, "num_calibration_samples": 12}
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -317,20 +317,32 @@ class Killed(BaseException):
     """The process is gone."""
 
 
+NVFP4 = recipe("GPTQModifier", scheme="NVFP4", kv_cache_scheme=CACHE, **PLAIN)
+
+
+@pytest.fixture(scope="module")
+def straight(base):
+    """What runs that are not killed write, from a folder and from memory."""
+    folder, memory = base.parent / "straight", base.parent / "straight-memory"
+    oneshot(base, token_rows(), NVFP4, output_dir=folder, **OPTIONS)
+    model = SparseAutoModelForCausalLM.from_pretrained(base)
+    oneshot(model, token_rows(), NVFP4, output_dir=memory, **OPTIONS)
+    same(tensors(folder), tensors(memory))
+    return folder
+
+
 @pytest.mark.parametrize("where", ["folder", "memory"])
 @pytest.mark.parametrize("shards", [1, 2])
-def test_going_on_with_static_scales_and_caches(shards, where, base, tmp_path, monkeypatch):
+def test_going_on_with_static_scales_and_caches(shards, where, base, straight, tmp_path, monkeypatch):
     def given():
         return SparseAutoModelForCausalLM.from_pretrained(base) if where == "memory" else base
 
-    def go(out, **more):
-        made = recipe("GPTQModifier", scheme="NVFP4", kv_cache_scheme=CACHE)
-        return oneshot(given(), token_rows(), made, output_dir=tmp_path / out, **OPTIONS, **more)
+    def go(**more):
+        return oneshot(given(), token_rows(), NVFP4, output_dir=tmp_path / "out", **OPTIONS, **more)
 
-    def digests(out):
-        return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in (tmp_path / out).glob("*.safetensors")}
+    def digests(folder):
+        return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.glob("*.safetensors")}
 
-    go("straight")
     real = output.Output.write
 
     def write(self, shard, *args, **options):
@@ -340,13 +352,13 @@ def test_going_on_with_static_scales_and_caches(shards, where, base, tmp_path, m
 
     monkeypatch.setattr(output.Output, "write", write)
     with pytest.raises(Killed):
-        go("out")
+        go()
     monkeypatch.undo()
-    resumed = go("out", resume=True)
-    assert digests("out") == digests("straight")
+    resumed = go(resume=True)
+    assert digests(tmp_path / "out") == digests(straight)
     if where == "memory":
         resumed.save_pretrained(tmp_path / "saved")
-        same(tensors(tmp_path / "saved"), tensors(tmp_path / "straight"))
+        same(tensors(tmp_path / "saved"), tensors(straight))
 
 
 @pytest.mark.parametrize(

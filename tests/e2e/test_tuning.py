@@ -13,18 +13,27 @@ from bitpress import plan as planning
 from bitpress.blocks import Blocks
 from bitpress.math.masks import Structure, holds, keep_best
 from conftest import build, save, token_rows
-from helpers import assert_same_tensors, client, logits, make_tokenizer, tensors
+from helpers import PLAIN, assert_same_tensors, client, logits, make_tokenizer, tensors
 
 GPTQ = {"GPTQModifier": {"scheme": "W4A16", "group_size": 16, "ignore": ["lm_head"]}}
+QUICK = {"GPTQModifier": {**GPTQ["GPTQModifier"], **PLAIN}}
 TUNE = {"TuneModifier": {"iters": 24, "batch_size": 4, "lr": 0.01}}
 ROWS = token_rows(32)
 OPTIONS = {"max_seq_length": 32, "num_calibration_samples": 32}
 
 
-@pytest.fixture
-def base(tmp_path):
-    folder = save(build("llama", torch.bfloat16), tmp_path / "base")
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = save(build("llama", torch.bfloat16), tmp_path_factory.mktemp("tuning") / "base")
     make_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(base):
+    """What a run with tuning makes of the base, in one go."""
+    folder = base.parent / "tuned"
+    oneshot(base, ROWS, {"modifiers": [GPTQ, TUNE]}, output_dir=folder, **OPTIONS)
     return folder
 
 
@@ -64,13 +73,12 @@ def test_tuning_that_keeps_nothing_says_so(base, tmp_path):
     assert [n for n in found["notes"] if f"TuneModifier: {linears} of {linears} linears stayed" in n]
 
 
-def test_nearer_than_without_and_it_loads(base, tmp_path):
+def test_nearer_than_without_and_it_loads(base, whole, tmp_path):
     oneshot(base, ROWS, {"modifiers": [GPTQ]}, output_dir=tmp_path / "gptq", **OPTIONS)
-    oneshot(base, ROWS, {"modifiers": [GPTQ, TUNE]}, output_dir=tmp_path / "tuned", **OPTIONS)
     unseen = token_rows(32, seed=9)
-    assert block_error(tmp_path / "tuned", base, unseen) < block_error(tmp_path / "gptq", base, unseen)
-    assert logits(client(tmp_path / "tuned")).isfinite().all()
-    plain, tuned = report(tmp_path / "gptq"), report(tmp_path / "tuned")
+    assert block_error(whole, base, unseen) < block_error(tmp_path / "gptq", base, unseen)
+    assert logits(client(whole)).isfinite().all()
+    plain, tuned = report(tmp_path / "gptq"), report(whole)
     for before, after in zip(plain["layers"], tuned["layers"], strict=True):
         assert before["method"] == "gptq" and "tuned" not in before
         assert after["method"] == "gptq+tune" and after["bits_per_weight"] == before["bits_per_weight"]
@@ -81,8 +89,8 @@ def test_nearer_than_without_and_it_loads(base, tmp_path):
     tokens = torch.tensor([r["input_ids"] for r in unseen])
     wanted = client_of_dense(base)(input_ids=tokens).logits.log_softmax(-1)
     lost = []
-    for name in ("tuned", "gptq"):
-        found = client(tmp_path / name, torch.float32)(input_ids=tokens).logits.log_softmax(-1)
+    for folder in (whole, tmp_path / "gptq"):
+        found = client(folder, torch.float32)(input_ids=tokens).logits.log_softmax(-1)
         lost.append(float((wanted.exp() * (wanted - found)).sum().detach()))
     assert lost[0] < 0.97 * lost[1]
     alike = {"TuneModifier": {**TUNE["TuneModifier"], "last_block_loss": "mse"}}
@@ -93,7 +101,7 @@ def test_nearer_than_without_and_it_loads(base, tmp_path):
     first = next(r for r in tuned["layers"] if r["name"].endswith("layers.0.self_attn.q_proj"))
     model = client_of_dense(base)
     weight = model.model.layers[0].self_attn.q_proj.weight
-    stored = client(tmp_path / "tuned", torch.float32).model.layers[0].self_attn.q_proj.weight
+    stored = client(whole, torch.float32).model.layers[0].self_attn.q_proj.weight
     x = model.model.layers[0].input_layernorm(model.model.embed_tokens(torch.tensor([r["input_ids"] for r in ROWS])))
     error = float((x @ (stored - weight).T).detach().square().sum() / (x @ weight.T).detach().square().sum())
     assert abs(first["rel_error"] / error - 1) < 0.02
@@ -102,15 +110,16 @@ def test_nearer_than_without_and_it_loads(base, tmp_path):
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma3", "mixtral", "opt"])
 def test_a_module_in_memory_and_other_families(family, tmp_path):
-    model = build(family, torch.bfloat16)
-    oneshot(model, ROWS, {"modifiers": [GPTQ, TUNE]}, **OPTIONS)
+    model, tune = build(family, torch.bfloat16), {"TuneModifier": {**TUNE["TuneModifier"], "iters": 8}}
+    recipe = {"modifiers": [QUICK, tune]}
+    oneshot(model, ROWS, recipe, **OPTIONS)
     rows = model.bitpress_report["layers"]
     assert {r["method"] for r in rows} == {"gptq+tune"}
     assert all(r["tuned"]["after"] <= r["tuned"]["before"] for r in rows)
     assert all(p.requires_grad for p in model.parameters()) and all(p.grad is None for p in model.parameters())
     model.save_pretrained(tmp_path / "memory")
-    oneshot(save(build(family, torch.bfloat16), tmp_path / "base"), ROWS, {"modifiers": [GPTQ, TUNE]},
-            output_dir=tmp_path / "streamed", **OPTIONS)  # fmt: skip
+    base = save(build(family, torch.bfloat16), tmp_path / "base")
+    oneshot(base, ROWS, recipe, output_dir=tmp_path / "streamed", **OPTIONS)
     assert_same_tensors(tensors(tmp_path / "memory"), tensors(tmp_path / "streamed"))
 
 
@@ -119,9 +128,8 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("shards", [1, 2])
-def test_killed_and_resumed(shards, base, tmp_path, monkeypatch):
+def test_killed_and_resumed(shards, base, whole, tmp_path, monkeypatch):
     recipe = {"modifiers": [GPTQ, TUNE]}
-    oneshot(base, ROWS, recipe, output_dir=tmp_path / "straight", **OPTIONS)
     real = output.Output.write
 
     def write(self, shard, *args, **options):
@@ -134,16 +142,16 @@ def test_killed_and_resumed(shards, base, tmp_path, monkeypatch):
         with pytest.raises(Killed):
             oneshot(base, ROWS, recipe, output_dir=tmp_path / "out", **OPTIONS)
     oneshot(base, ROWS, recipe, output_dir=tmp_path / "out", resume=True, **OPTIONS)
-    assert digests(tmp_path / "out") == digests(tmp_path / "straight")
-    rows = [[{k: v for k, v in r.items() if k != "seconds"} for r in report(tmp_path / f)["layers"]]
-            for f in ("straight", "out")]  # fmt: skip
+    assert digests(tmp_path / "out") == digests(whole)
+    rows = [[{k: v for k, v in r.items() if k != "seconds"} for r in report(f)["layers"]]
+            for f in (whole, tmp_path / "out")]  # fmt: skip
     assert rows[0] == rows[1]
 
 
 def test_the_seed_decides(base, tmp_path):
     options = {**OPTIONS, "shuffle_calibration_samples": False}
     for name, seed in (("a", 1), ("b", 2)):
-        oneshot(base, ROWS, {"modifiers": [GPTQ, TUNE]}, output_dir=tmp_path / name, seed=seed, **options)
+        oneshot(base, ROWS, {"modifiers": [QUICK, TUNE]}, output_dir=tmp_path / name, seed=seed, **options)
     assert digests(tmp_path / "a") != digests(tmp_path / "b")
 
 
@@ -240,7 +248,7 @@ def test_experts_that_memory_does_not_hold(tmp_path, monkeypatch):
 
     monkeypatch.setattr(planning, "budget", budget)
     folder = save(build("mixtral", torch.bfloat16), tmp_path / "base")
-    oneshot(folder, ROWS, {"modifiers": [GPTQ, TUNE]}, output_dir=tmp_path / "out", **OPTIONS)
+    oneshot(folder, ROWS, {"modifiers": [QUICK, TUNE]}, output_dir=tmp_path / "out", **OPTIONS)
     found = report(tmp_path / "out")
     methods = {".experts." in r["name"]: r["method"] for r in found["layers"]}
     assert methods == {True: "gptq", False: "gptq+tune"}
@@ -250,9 +258,8 @@ def test_experts_that_memory_does_not_hold(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("where", ["host", "disk"])
-def test_hidden_states_elsewhere(where, base, tmp_path, monkeypatch):
-    oneshot(base, ROWS, {"modifiers": [GPTQ, TUNE]}, output_dir=tmp_path / "device", **OPTIONS)
+def test_hidden_states_elsewhere(where, base, whole, tmp_path, monkeypatch):
     real = planning.budget
     monkeypatch.setattr(planning, "budget", lambda *a, **k: {**real(*a, **k), "hidden_on": where})
     oneshot(base, ROWS, {"modifiers": [GPTQ, TUNE]}, output_dir=tmp_path / "out", **OPTIONS)
-    assert_same_tensors(tensors(tmp_path / "out"), tensors(tmp_path / "device"))
+    assert_same_tensors(tensors(tmp_path / "out"), tensors(whole))
