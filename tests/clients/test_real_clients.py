@@ -6,6 +6,7 @@
 A client whose environment is not there is skipped, with the reason.
 """
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -28,8 +29,8 @@ pytestmark = pytest.mark.client
 
 
 def python_of(name):
-    """The interpreter of a client's environment."""
-    if name is None:
+    """The interpreter of a client's environment; "own" is this one."""
+    if name in (None, "own"):
         return sys.executable
     if ENVS is None:
         pytest.skip("BITPRESS_BENCH_ENVS does not name the folder of the clients' environments (bash bench/envs.sh)")
@@ -66,13 +67,21 @@ def base(tmp_path_factory):
     return folder
 
 
+def client_scores():
+    spec = importlib.util.spec_from_file_location("client_scores", BENCH / "client_scores.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def scores(client, environment, folder, tmp_path, dtype):
-    """What bench/client_scores.py says of a folder."""
+    """What bench/client_scores.py says of a folder: in a process of an environment, or (None) in this one."""
+    if environment is None:
+        return client_scores().CLIENTS[client](str(folder), IDS, dtype)
     ids, target = tmp_path / "ids.json", tmp_path / f"{client}.json"
     ids.write_text(json.dumps(IDS))
     variables = os.environ | VLLM | {"HF_HUB_OFFLINE": "1"}
-    if environment is not None:
-        variables.pop("PYTHONPATH", None)
+    variables.pop("PYTHONPATH", None)
     script = str(BENCH / "client_scores.py")
     command = [python_of(environment), script, client, str(folder), str(ids), str(target), dtype, "{}"]
     done = subprocess.run(command, env=variables, capture_output=True, text=True, errors="replace")
@@ -85,7 +94,7 @@ def scores(client, environment, folder, tmp_path, dtype):
 @pytest.mark.parametrize(
     ("client", "environment", "scheme", "stored", "room"),
     [
-        ("transformers", None, "W4A16", "compressed-tensors", 0.001),
+        ("transformers", "own", "W4A16", "compressed-tensors", 0.001),
         ("transformers", None, "W4A16 signed", "compressed-tensors", 0.001),
         ("transformers", None, "NF4", "bitsandbytes", 0.02),
         ("transformers", "gptqmodel", "W4A16", "gptq", 0.05),
@@ -120,7 +129,7 @@ def test_a_client_says_what_bitpress_says(base, tmp_path, client, environment, s
         keys["ignore"] = ["lm_head"]
     recipe = {"quant_stage": {"quant_modifiers": {MODIFIERS.get(scheme, "QuantizationModifier"): keys}}}
     folder = oneshot(base, None, recipe, output_dir=tmp_path / "out", format=stored).folder
-    dtype = "float32" if environment is None else "bfloat16"
+    dtype = "float32" if environment in (None, "own") else "bfloat16"
     theirs = scores(client, environment, folder, tmp_path, dtype)
     ours = scores("bitpress", None, folder, tmp_path, dtype)
     pairs = list(zip(theirs["nll"], ours["nll"], strict=False))
