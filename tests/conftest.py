@@ -14,9 +14,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads cost more than they bri
 import pytest
 import torch
 
-gc.set_threshold(50_000, 10, 10)  # what is imported is millions of objects, and all are looked at each time
+gc.set_threshold(50_000, 10, 10)  # what is imported is millions of objects, and a collection looks at all of them
 if not torch.cuda.is_available():  # before anything imports triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_finish() -> None:
+    """Modules are imported: no collection need look at them any more."""
+    gc.freeze()
+
 
 VOCAB = 96
 COMMON = {

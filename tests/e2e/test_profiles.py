@@ -11,7 +11,7 @@ from bitpress import RecipeError, journal, oneshot
 from bitpress.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
 from bitpress.recipe import Recipe
 from conftest import build, save, token_rows
-from helpers import assert_same_tensors, make_tokenizer, tensors
+from helpers import PLAIN, assert_same_tensors, make_tokenizer, tensors
 
 ROWS = token_rows()
 OPTIONS = {"max_seq_length": 32, "num_calibration_samples": 12}
@@ -61,7 +61,9 @@ def test_a_block_with_outliers_is_pruned_less(base, tmp_path, modifier):
 
 
 def test_with_a_size_target_after_it_and_broken_off(base, tmp_path, monkeypatch):
-    recipe = {"modifiers": [{"SparseGPTModifier": OWL}, {"GPTQModifier": {"bits": 4.5, "ignore": ["lm_head"]}}]}
+    recipe = {
+        "modifiers": [{"SparseGPTModifier": OWL}, {"GPTQModifier": {"bits": 4.5, "ignore": ["lm_head"], **PLAIN}}]
+    }
     oneshot(base, ROWS, recipe, output_dir=tmp_path / "straight", **OPTIONS)
     report = json.loads((tmp_path / "straight/report.json").read_text())
     assert report["totals"]["bits_per_weight"] == pytest.approx(4.5, rel=0.01)
@@ -94,7 +96,9 @@ def test_with_a_size_target_after_it_and_broken_off(base, tmp_path, monkeypatch)
 def test_in_the_first_of_two_stages(base, tmp_path):
     recipe = {
         "sparsity_stage": {"sparsity_modifiers": {"WandaPruningModifier": OWL}},
-        "quantization_stage": {"quantization_modifiers": {"GPTQModifier": {"bits": 4.5, "ignore": ["lm_head"]}}},
+        "quantization_stage": {
+            "quantization_modifiers": {"GPTQModifier": {"bits": 4.5, "ignore": ["lm_head"], **PLAIN}}
+        },
     }
     oneshot(base, ROWS, recipe, output_dir=tmp_path / "out", **OPTIONS)
     report = json.loads((tmp_path / "out/report.json").read_text())

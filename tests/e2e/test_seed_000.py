@@ -24,7 +24,7 @@ def workplace(tmp_path, monkeypatch):
     build("llama", torch.bfloat16, hidden_size=128, intermediate_size=256).save_pretrained("tiny/llama")
     make_tokenizer(Path("tiny/llama"))
     Path("ultrachat/data").mkdir(parents=True)
-    Dataset.from_list(conversations(400)).to_parquet("ultrachat/data/train_gen-00000-of-00001.parquet")
+    Dataset.from_list(conversations(160)).to_parquet("ultrachat/data/train_gen-00000-of-00001.parquet")
     for file in EXAMPLES.glob("*.yaml"):
         shutil.copy(file, tmp_path)
     return tmp_path
