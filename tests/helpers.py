@@ -15,8 +15,8 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 WORDS = [f"w{i}" for i in range(90)]
-# keys of GPTQModifier that leave out its search for scales and the refinement of codes, three quarters of its time:
-# for tests of what is around the solver
+# keys of GPTQModifier that leave out its search for scales and the refinement of codes, three quarters of its time: for
+# tests of what is around the solver. The search alone finds negative scales: what stores and reads them needs it
 PLAIN = {"observer": "minmax", "refine": 0}
 
 

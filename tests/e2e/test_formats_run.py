@@ -13,7 +13,7 @@ from bitpress.loading import load_model
 from bitpress.modifiers.quantization import GPTQModifier, QuantizationModifier
 from bitpress.transformers import SparseAutoModelForCausalLM
 from conftest import build, save, token_rows
-from helpers import PLAIN, assert_same_tensors, logits, make_tokenizer, tensors
+from helpers import assert_same_tensors, logits, make_tokenizer, tensors
 
 IGNORED = ["lm_head", "re:.*down_proj"]
 
@@ -33,7 +33,7 @@ def run(base, folder, recipe, format, **options):
 
 def four(symmetric=True, **keys):
     scheme = "W4A16" if symmetric else "W4A16_ASYM"
-    return GPTQModifier(scheme=scheme, group_size=16, ignore=["lm_head"], **PLAIN, **keys)
+    return GPTQModifier(scheme=scheme, group_size=16, ignore=["lm_head"], refine=0, **keys)
 
 
 def config_of(folder):

@@ -12,7 +12,7 @@ from bitpress.loading import load_model
 from bitpress.modifiers.quantization import BitsAndBytesModifier, QuantizationModifier
 from bitpress.transformers import SparseAutoModelForCausalLM
 from conftest import build, save, token_rows
-from helpers import PLAIN, assert_same_tensors, assert_told_alike, logits, make_tokenizer, tensors
+from helpers import assert_same_tensors, assert_told_alike, logits, make_tokenizer, tensors
 
 
 def byte_pairs(folder):
@@ -161,7 +161,7 @@ def test_two_of_four_at_the_size_of_its_mask(tmp_path, scheme):
     base = byte_pairs(save(build("llama", torch.bfloat16), tmp_path / "base"))
     recipe = {"SparseGPTModifier": {"sparsity": 0.5, "mask_structure": "2:4", "ignore": "lm_head"}}
     if scheme is not None:
-        recipe["GPTQModifier"] = {"scheme": scheme, "group_size": 16, "ignore": "lm_head", **PLAIN}
+        recipe["GPTQModifier"] = {"scheme": scheme, "group_size": 16, "ignore": "lm_head", "refine": 0}
     sizes = {"num_calibration_samples": 6, "max_seq_length": 24}
     plain = oneshot(base, token_rows(), recipe, output_dir=tmp_path / "plain", **sizes).folder
     small = oneshot(base, token_rows(), recipe, output_dir=tmp_path / "small", format="sparse-24", **sizes).folder
