@@ -8,7 +8,8 @@ nats per token beside that of bitpress's own loader on the same tokens, the larg
 24 greedy tokens are equal (where the two best are close, rounding decides them: read the differences).
 lm-evaluation-harness tells only a sum, of the tokens after the first 32 or so. `python bench/clients.py CHECKPOINT ...
 --as-is` scores finished ones. `--vllm-options JSON` goes to vllm.LLM. bench/envs.sh makes the clients' environments; a
-client without one is left out, and the table says so. A case may name any preset: FP8_BLOCK:compressed-tensors.
+client without one is left out, and the table says so. A case may name any preset: FP8_BLOCK:compressed-tensors;
+those with static scales of inputs want a text, --calibration FILE.
 """
 
 from __future__ import annotations
@@ -51,21 +52,23 @@ CASES = (
 COLUMNS = ("client", "format", "scheme", "loads", "kernel", "NLL", "bitpress", "largest difference", "greedy equal")
 
 
-def make(model: Path, case: str, work: Path) -> Path:
+def make(model: Path, case: str, work: Path, calibration: Path | None) -> Path:
     """A checkpoint of a case, made once."""
     from bitpress import oneshot
 
     name, _, stored = case.partition(":")
     folder = work / case.replace(":", "-")
-    keys: dict[str, Any] = {"scheme": SCHEMES.get(name, name), "ignore": ["lm_head"]}
+    modifier, keys = "QuantizationModifier", {"scheme": SCHEMES.get(name, name), "ignore": ["lm_head"]}
+    if name == "nf4":
+        modifier, keys = "BitsAndBytesModifier", {}
     if name in GROUPED:
         keys["group_size"] = 64
     if name == "w4-signed":
         keys["observer"] = "mse"
-    if name == "nf4":
-        keys = {}
-    modifier = "BitsAndBytesModifier" if name == "nf4" else "QuantizationModifier"
-    oneshot(model, None, {"quant_stage": {"quant_modifiers": {modifier: keys}}}, output_dir=folder, format=stored)
+    recipe = {"quant_stage": {"quant_modifiers": {modifier: keys}}}
+    oneshot(
+        model, calibration, recipe, output_dir=folder, format=stored, num_calibration_samples=64, max_seq_length=256
+    )
     return folder
 
 
@@ -111,6 +114,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="*", default=CASES)
     parser.add_argument("--clients", nargs="*", default=list(CLIENTS), choices=CLIENTS)
     parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--calibration", type=Path)
     parser.add_argument("--vllm-options", default="{}")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     args = parser.parse_args()
@@ -128,7 +132,7 @@ def main() -> None:
     versions: dict[str, dict[str, str]] = {}
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
     for case, there in folders.items():
-        folder = there or make(args.models[0], case, args.work)
+        folder = there or make(args.models[0], case, args.work, args.calibration)
         found = inspect_checkpoint(folder)
         schemes = ", ".join(sorted({x.scheme for x in found.layers})) or "none"
         said = (found.method if found.format is None else f"{found.method} ({found.format})", schemes)

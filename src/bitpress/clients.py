@@ -1,6 +1,6 @@
 """What the clients of a checkpoint cannot do with it, said when the scheme is chosen.
 
-Read in vLLM 0.32, transformers 5.17 to 5.24 and compressed-tensors 0.17, 0.19 and 0.20.
+Read in vLLM 0.23 and 0.32, transformers 5.17 to 5.24 and compressed-tensors 0.17, 0.19 and 0.20.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from bitpress.subject import Subject
 
 UNSERVED = "vLLM does not serve it; this loads in transformers"
 ON_GPUS = "vLLM serves it on GPUs, not on CPUs"
+OLDER_GPUS = f"{ON_GPUS}; on those before Blackwell it does not round the inputs"
 ODD_WIDTHS = "needs compressed-tensors 0.19 or later (older ones misread these widths)"
 
 
@@ -162,6 +163,8 @@ def vllm_limit(scheme: Scheme) -> str | None:
             return ON_GPUS if scheme.static_inputs else None  # the CPU build lacks the operator for static scales
         case "mxfp6-pack-quantized":
             return UNSERVED
+        case "nvfp4-pack-quantized" | "mxfp4-pack-quantized" if inputs is not None and inputs.num_bits == 4:
+            return OLDER_GPUS
     return ON_GPUS
 
 

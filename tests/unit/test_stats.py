@@ -209,5 +209,8 @@ def test_widened_leaves_other_products_alone(monkeypatch):
         a = torch.ones(2, 2)
         assert (a @ a).dtype == torch.float32
         assert torch.equal(torch.ones(2, 2, dtype=torch.int64) @ torch.ones(2, 2, dtype=torch.int64), 2 * a.long())
+        half = torch.full((2, 2), 2.0, dtype=torch.bfloat16)
+        out = torch.zeros(2, 2, dtype=torch.bfloat16)
+        assert torch.mm(half, half, out=out) is out and float(out[0, 0]) == 8
         with pytest.raises(RuntimeError):  # two dtypes are an error as without it
             torch.nn.functional.linear(a, a.bfloat16())

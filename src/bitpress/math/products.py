@@ -127,7 +127,7 @@ class _Widened(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in PRODUCTS:
+        if func in PRODUCTS and kwargs.get("out") is None:
             factors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
             dtype = factors[0].dtype
             if dtype in self.slow and all(x.dtype == dtype and x.device.type == "cpu" for x in factors):
