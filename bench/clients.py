@@ -58,9 +58,10 @@ def make(model: Path, case: str, work: Path, calibration: Path | None) -> Path:
 
     name, _, stored = case.partition(":")
     folder = work / case.replace(":", "-")
-    modifier, keys = "QuantizationModifier", {"scheme": SCHEMES.get(name, name), "ignore": ["lm_head"]}
-    if name == "nf4":
-        modifier, keys = "BitsAndBytesModifier", {}
+    modifier = "BitsAndBytesModifier" if name == "nf4" else "QuantizationModifier"
+    keys: dict[str, Any] = {"ignore": ["lm_head"]}
+    if name != "nf4":
+        keys["scheme"] = SCHEMES.get(name, name)
     if name in GROUPED:
         keys["group_size"] = 64
     if name == "w4-signed":
