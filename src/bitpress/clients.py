@@ -165,6 +165,8 @@ def vllm_limit(scheme: Scheme) -> str | None:
             return UNSERVED
         case "nvfp4-pack-quantized" | "mxfp4-pack-quantized" if inputs is not None and inputs.num_bits == 4:
             return OLDER_GPUS
+        case "mxfp8-quantized" if inputs is not None:
+            return OLDER_GPUS
     return ON_GPUS
 
 

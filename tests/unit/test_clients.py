@@ -15,7 +15,7 @@ from bitpress.clients import (
 from bitpress.schemes import PRESETS, QuantArgs, Scheme, preset, scheme_from_group
 
 EVERYWHERE = {"W4A16", "W4A16_ASYM", "W8A8", "INT8", "FP8_DYNAMIC", "FP8_BLOCK"}
-GPUS = {"W8A16", "W8A16_ASYM", "FP8", "NVFP4A16", "MXFP4A16", "MXFP4XFP8", "MXFP8", "MXFP8A16"}
+GPUS = {"W8A16", "W8A16_ASYM", "FP8", "NVFP4A16", "MXFP4A16", "MXFP4XFP8", "MXFP8A16"}
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -25,7 +25,7 @@ def test_what_vllm_serves(name):
         assert said is None
     elif name in GPUS:
         assert said == ON_GPUS
-    elif name in ("NVFP4", "MXFP4"):
+    elif name in ("NVFP4", "MXFP4", "MXFP8"):
         assert said == OLDER_GPUS
     elif name.startswith("MXFP6"):
         assert said == UNSERVED

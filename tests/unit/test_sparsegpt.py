@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bitpress.errors import NumericsError
-from bitpress.math.admm import refit, search
+from bitpress.math.admm import refit, ridge_inverses, search, shifted_inverse
 from bitpress.math.masks import Structure, holds, keep_best
 from bitpress.math.sparsegpt import damped, sparsegpt
 from bitpress.math.stats import InputStats
@@ -239,3 +239,30 @@ def test_drift_is_undone(rounds):
         assert holds(found, TWO_FOUR)
         errors.append(float((x @ weight.T - y @ found.T).norm()))
     assert errors[2] < errors[1] < errors[0]
+
+
+@pytest.mark.parametrize(("penalty", "wanted"), [(0.2, 0.26), (0.26, 0.2), (1.0, 0.774), (0.1, 0.1)])
+def test_an_inverse_is_moved_to_another_penalty(penalty, wanted):
+    x = normal(40, 96).double()  # of half the rank: eigenvalues of zero are those that move most
+    eye = torch.eye(96, dtype=torch.float64)
+    given, exact = (torch.linalg.inv(x.T @ x / 40 + p * eye) for p in (penalty, wanted))
+    middle, half = (1 + wanted / penalty) / 2, (wanted / penalty - 1) / 2
+    bound = 1 / (2 * (middle / half) ** 2 - 1) if half else 0.0
+    error = torch.linalg.eigvalsh(torch.linalg.solve(exact, shifted_inverse(given, penalty, wanted)) - eye).abs().max()
+    assert error <= bound + 1e-9 < 0.009
+
+
+def test_levels_of_the_penalty_share_a_factorization(monkeypatch):
+    unit = correlated(64).gram
+    root = unit.diagonal().sqrt()
+    unit = unit / root / root[:, None]
+    penalties = [0.1 * 10 ** (i / 9) for i in range(10)]
+    exact = list(ridge_inverses(unit, penalties, 1))
+    factored = []
+    cholesky = torch.linalg.cholesky_ex
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda m: factored.append(m) or cholesky(m))
+    found = list(ridge_inverses(unit, penalties, 3))
+    assert len(found) == 10 and len(factored) == 4
+    for i, (a, b) in enumerate(zip(found, exact, strict=True)):
+        share = float((a - b).norm() / b.norm())
+        assert share < 0.01 and (share == 0) == (i in (1, 4, 7, 9))

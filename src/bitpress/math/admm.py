@@ -10,7 +10,7 @@ Legend: R out features, C in features. H = Gram + damping.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -26,6 +26,7 @@ from bitpress.math.sweep import triangular_inverse
 # On the scale of a Hessian with unit diagonal, a penalty of 1 compares what a kept weight is worth with what a pruned
 # one would be. It is reached from below: that lets masks change, and slower growth than this found no better ones.
 FIRST_PENALTY, ROUNDS_EACH = 0.1, 3
+SHARED = 3  # levels of the penalty that share one factorization, on a GPU: there it takes as long as many products
 
 Choose = Callable[[Tensor], Tensor]
 
@@ -63,10 +64,11 @@ def search(
     keep = torch.ones_like(pruned, dtype=torch.bool)
     levels = -(-rounds // ROUNDS_EACH)
     penalties = [FIRST_PENALTY ** (1 - (i // ROUNDS_EACH) / max(levels - 1, 1)) for i in range(rounds)]
+    inverses = ridge_inverses(unit, penalties[::ROUNDS_EACH], SHARED if weight.device.type == "cuda" else 1)
     turn = None if pattern is None or weight.device.type != "cuda" else _in_one_launch(pattern, gone)
     for i, penalty in enumerate(penalties):
         if i % ROUNDS_EACH == 0:
-            inverse = _ridge_inverse(unit, penalty)
+            inverse = next(inverses)
         if i == 0 or turn is None:
             torch.sub(fixed, dual, out=mixed).add_(pruned, alpha=penalty)
         with _coarse_products(free.device):  # a score needs no more; the weights are solved for afterwards
@@ -85,6 +87,31 @@ def _in_one_launch(pattern: Structure, gone: Tensor | None) -> Callable[..., Non
     from bitpress.math.kernels import turns
 
     return partial(turns.turn, pattern=pattern, gone=gone) if pattern.size in turns.SIZES else None
+
+
+def ridge_inverses(unit: Tensor, penalties: Sequence[float], shared: int) -> Iterator[Tensor]:
+    """The inverse of `unit` + penalty for each penalty in turn; exact for the middle one of every `shared`."""
+    for first in range(0, len(penalties), shared):
+        group = penalties[first : first + shared]
+        middle = group[len(group) // 2]
+        inverse = _ridge_inverse(unit, middle)
+        yield from (inverse if p == middle else shifted_inverse(inverse, middle, p) for p in group)
+
+
+def shifted_inverse(inverse: Tensor, penalty: float, wanted: float) -> Tensor:
+    """The inverse of A + `wanted` from that of A + `penalty`, X, for any A without negative eigenvalues; one product.
+
+    It is X inv(I + d X) with d the difference, and the eigenvalues of I + d X lie between 1 and the ratio of the
+    penalties. The Chebyshev polynomial of first degree for 1 / x on that interval leaves 1 / (2 (m / h)^2 - 1) of each
+    component wrong at most, m and h the middle and half of the interval: 0.8 % for a ratio of 1.3.
+    """
+    ratio = wanted / penalty
+    middle, half = (1 + ratio) / 2, (ratio - 1) / 2
+    scale = 2 * middle**2 - half**2
+    with _coarse_products(inverse.device):
+        return torch.addmm(
+            inverse, inverse, inverse, beta=(4 * middle - 2) / scale, alpha=-2 * (wanted - penalty) / scale
+        )
 
 
 def _ridge_inverse(unit: Tensor, penalty: float) -> Tensor:
