@@ -13,6 +13,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bitpress import ranks
+
 if TYPE_CHECKING:
     from bitpress.oneshot import Arguments
 
@@ -55,12 +57,25 @@ def again(args: Arguments, recipe: Path | None) -> str:
     plain = all(_is_plain(name, value) for name, value in given.items()) and isinstance(args.model, str | os.PathLike)
     if recipe is None or args.output_dir is None or not plain or trained is None:
         return _call(args, given, recipe)
-    words = ["bitpress", args.verb, _text("model", args.model), "--recipe", str(recipe)]
+    words = [*_launcher(), "bitpress", args.verb, _text("model", args.model), "--recipe", str(recipe)]
     for name, value in given.items():
         words += _words(name, value, args.verb)
     if args.verb == "apply" and args.stage is not None:
         words += ["--stage", args.stage]
     return shlex.join([*words, *trained, "--output", f"{args.output_dir.absolute()}-again"])
+
+
+def _launcher() -> list[str]:
+    """What starts as many processes as this run has, on as many machines: each is given the command."""
+    count = ranks.started()
+    if count == 1:
+        return []
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or count)
+    words = ["torchrun", f"--nproc-per-node={here}"]
+    if count > here:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        words += [f"--nnodes={count // here}", "--rdzv-backend=c10d", f"--rdzv-endpoint={place}"]
+    return [*words, "-m"]
 
 
 def _given(args: Arguments) -> dict[str, Any]:
@@ -129,11 +144,13 @@ def _call(args: Arguments, given: Mapping[str, Any], recipe: Path | None) -> str
     """The same in Python."""
     shown = {"model": args.model, **given, "recipe": "recipe.yaml" if recipe is None else str(recipe)}
     lines = [f"    {name}={_shown(name, value)}" for name, value in shown.items()]
+    launcher = _launcher()[:-1]
+    head = [f"# in script.py, started by: {shlex.join([*launcher, 'script.py'])}"] if launcher else []
     if args.verb != "oneshot":
         lines.append("    # and the arguments of training, as they were")
     if args.output_dir is not None:
         lines.append(f"    output_dir={f'{args.output_dir.absolute()}-again'!r},")
-    return "\n".join([f"from bitpress import {args.verb}", "", f"{args.verb}(", *lines, ")"])
+    return "\n".join([*head, f"from bitpress import {args.verb}", "", f"{args.verb}(", *lines, ")"])
 
 
 def _shown(name: str, value: Any) -> str:

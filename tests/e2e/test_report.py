@@ -233,6 +233,13 @@ def test_the_line_of_a_run_that_trains_says_how(verb, base, tmp_path, monkeypatc
     assert (second.recipe, second.output_dir) == (tmp_path / "recipe.yaml", tmp_path / "out-again")
     own = {"recipe": None, "output_dir": None, "progress": None}
     assert replace(first, **own) == replace(second, **own)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert again(first, tmp_path / "recipe.yaml") == f"torchrun --nproc-per-node=2 -m {line}"
+    for name, value in (("WORLD_SIZE", "8"), ("LOCAL_WORLD_SIZE", "4"), ("MASTER_ADDR", "one"), ("MASTER_PORT", "7")):
+        monkeypatch.setenv(name, value)
+    nodes = "--nproc-per-node=4 --nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=one:7"
+    assert again(first, tmp_path / "recipe.yaml") == f"torchrun {nodes} -m {line}"
+    assert again(first, None).startswith(f"# in script.py, started by: torchrun {nodes} script.py\nfrom bitpress")
 
 
 # the command line
