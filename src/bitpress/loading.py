@@ -105,7 +105,8 @@ def load_checkpoint(found: Inspection, dtype: str, device: str, trust: bool, not
         if own:
             return _reloaded(found, options["dtype"], on, trust, notes)
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise CheckpointError(f"{found.path}: transformers cannot load it: {first}") from error
+        remedy = "; with the model's own config.json beside the file bitpress reads it itself" if gguf_file else ""
+        raise CheckpointError(f"{found.path}: transformers cannot load it: {first}{remedy}") from error
     lacking = [*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])]
     if lacking and own:
         return _reloaded(found, options["dtype"], on, trust, notes)

@@ -180,6 +180,9 @@ def reload(place: str | os.PathLike[str], *, dtype: Any = "auto", device_map: An
 
     Reads the weights itself, so it also loads what transformers cannot decompress (experts with zero points).
 
+    Args:
+        place: its folder, or a GGUF file beside the model's config.json.
+
     Raises:
         CheckpointError: a scheme that bitpress does not write, or tensors that are not there.
         ConfigError: a device_map over several devices, or an argument that from_pretrained does not have.
@@ -193,6 +196,8 @@ def reload(place: str | os.PathLike[str], *, dtype: Any = "auto", device_map: An
 
     folder = Path(place)
     method = is_quantized(folder)
+    file = folder if folder.is_file() else min(folder.glob("*.gguf"), default=None)
+    folder = folder.parent if folder.is_file() else folder
     gguf, sparse = method == "gguf", method == "sparse-24"
     modifier, stored = (None, str(method)) if gguf or sparse else described(folder)
     device = _one_device(device_map)
@@ -224,7 +229,8 @@ def reload(place: str | os.PathLike[str], *, dtype: Any = "auto", device_map: An
     subject = ModuleSubject(model)
     if modifier is None or source is None:
         if source is None:
-            _assign_gguf(subject, next(folder.glob("*.gguf")), config)
+            assert file is not None
+            _assign_gguf(subject, file, config)
         else:
             _assign_sparse(subject, folder, dtype)
         model.to(device or "cpu")

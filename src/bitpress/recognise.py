@@ -176,14 +176,15 @@ def _gptq_or_awq(name: str, parts: Mapping[str, Stored], settings: Mapping[str, 
     groups, rows = parts["scales"].shape
     bits = 32 * parts["qzeros"].shape[1] // rows
     symmetric: bool | None = settings.get("sym")
+    named = settings.get("group_size")
     for pattern, own in (settings.get("dynamic") or {}).items():
         if pattern.startswith("+:") and re.match(pattern[2:], name):
-            symmetric = own.get("sym", symmetric)
+            symmetric, named = own.get("sym", symmetric), own.get("group_size", named)
     columns = 32 * parts["qweight"].shape[0] // bits
     if _packs_rows(parts):
         columns, symmetric = parts["qweight"].shape[0], not settings.get("zero_point", True)
-    strategy, group_size = _layout((rows, groups), rows, columns)
-    return rows, columns, Coding("int", bits, strategy, group_size, symmetric), None
+    layout = ("group", columns) if named == columns else _layout((rows, groups), rows, columns)
+    return rows, columns, Coding("int", bits, *layout, symmetric), None
 
 
 def _sparse(parts: Mapping[str, Stored]) -> Found:

@@ -61,6 +61,7 @@ def test_gguf_has_the_weights_of_the_packed_checkpoint(base, tmp_path, scheme, k
     else:
         assert torch.equal(read, expected)
     assert torch.equal(logits(SparseAutoModelForCausalLM.from_pretrained(made)), read)
+    assert torch.equal(logits(load_model(made / "model.gguf", "bfloat16")), read)
 
 
 def test_gguf_of_a_dense_model_and_its_metadata(base, tmp_path):

@@ -172,6 +172,12 @@ def test_gptq_by_config_and_by_tensors(tmp_path):
     assert the_layer(named).bits_per_weight == 4 + 16 / G + 4 / G + 32 / R  # scales, zero points, g_idx
     assert "names no quantization" in inspect_checkpoint(silent).messages[0]
     assert is_quantized(silent) == "gptq"
+    tensors = {n: t[:1] if n.endswith(("qzeros", "scales")) else t for n, t in gptq().items()}
+    for size, scheme in ((C, f"W4A16 g{C}"), (-1, "W4A16 channel")):  # one group, by either name
+        one = folder(
+            tmp_path / str(size), tensors, {"quant_method": "gptq", "bits": 4, "group_size": size, "sym": True}
+        )
+        assert the_layer(one).scheme == scheme
 
 
 def test_awq(tmp_path):
