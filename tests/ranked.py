@@ -28,7 +28,7 @@ KV = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "
 CASES: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "gptq": ("llama", {"GPTQModifier": WHOLE}, {}),
     "drift": ("llama", {"GPTQModifier": {**GPTQ, "correct": 0.4, "dampening_frac": 0.05}}, {"batch_size": 1}),
-    "smooth": ("llama", {"SmoothQuantModifier": {"smoothing_strength": 0.8},
+    "smooth": ("llama", {"SmoothQuantModifier": {"smoothing_strength": "search"},
                          "GPTQModifier": {"scheme": "W8A8", "ignore": ["lm_head"]}}, {}),
     "awq": ("llama", {"AWQModifier": {"n_grid": 5}, "GPTQModifier": {**GPTQ, "observer": "hessian"}}, {}),
     "caches": ("llama", {"QuantizationModifier": {

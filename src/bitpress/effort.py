@@ -94,7 +94,10 @@ def recipe(effort: Effort, keys: dict[str, Any] | None, pruning: dict[str, Any] 
     modifiers: dict[str, Any] = {}
     if keys is not None and pruning is None and effort != "fast":
         smoothing = {"ignore": keys.get("ignore", []), "required": False}
-        modifiers["SmoothQuantModifier" if integer_activations(keys) else "AWQModifier"] = smoothing
+        if integer_activations(keys):
+            modifiers["SmoothQuantModifier"] = {"smoothing_strength": "search", **smoothing}
+        else:
+            modifiers["AWQModifier"] = smoothing
     modifiers |= pruning or {}
     if keys is not None:
         more = {"refine": 0} if effort == "fast" else {"correct": CORRECT, "dampening_frac": DAMPENING}

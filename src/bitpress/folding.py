@@ -20,6 +20,7 @@ from bitpress.folds import Fold, channels, scale_consumers, scale_producer
 from bitpress.math.awq import Reader
 from bitpress.math.grid import Grid
 from bitpress.math.stats import InputStats
+from bitpress.rounding import grid_of_inputs
 from bitpress.sites import Site
 from bitpress.subject import Subject
 
@@ -110,7 +111,10 @@ class Folding:
         for name in names:
             site = self.sites[name]
             observer = "minmax" if site.group is None else site.group.observer
-            yield Reader(self._scaled(name, step), self._grid(name), observer)
+            inputs = None if site.scheme is None else site.scheme.input_activations
+            rounded = None if inputs is None or inputs.type != "int" else grid_of_inputs(inputs)
+            fixed = rounded is not None and inputs is not None and inputs.dynamic is not True
+            yield Reader(self._scaled(name, step), self._grid(name), observer, rounded, fixed)
 
     def _grid(self, name: str) -> Grid | None:
         site = self.sites[name]

@@ -134,6 +134,7 @@ class Plan:
             "gram": f"second moments of inputs ({', '.join(methods)})",
             "mean": "mean sizes of inputs",
             "range": f"ranges of inputs ({', '.join(static)})",
+            "sample": "a sample of the tokens (smoothquant)",
             "full": "outputs of the uncompressed model's blocks (tune)",
         }
         found = tuple(text for need, text in words.items() if need in needs)

@@ -312,7 +312,7 @@ def reduce(groups: Groups, device: torch.device) -> Groups:
 
     if world_size() == 1:
         return groups
-    held = {readers: stats for stats, readers in groups}
+    held = {readers: _interleaved(stats) for stats, readers in groups}
     said = {readers: (s.tokens, {n: tuple(t.shape) for n, t in _sums(s).items()}) for readers, s in held.items()}
     everyone = gathered(said)
     shapes = {readers: of for one in everyone for readers, (_, of) in one.items()}
@@ -325,6 +325,22 @@ def reduce(groups: Groups, device: torch.device) -> Groups:
         whole.append((replace(base, tokens=tokens, **sums), readers))
     assert all(torch.is_tensor(t) for s, _ in whole for t in _sums(s).values())
     return whole
+
+
+def _interleaved(stats: InputStats) -> InputStats:
+    """With rows of zeros in the sample for those of the other processes, so that samples can be summed."""
+    import torch
+
+    from bitpress.math.stats import SAMPLE
+
+    if stats.sample is None:
+        return stats
+    whole = stats.sample.new_zeros(2 * SAMPLE, stats.sample.shape[1], dtype=torch.float32)
+    mine = whole[rank() :: world_size()]
+    step = -(-len(stats.sample) // len(mine))
+    rows = stats.sample[::step]
+    mine[: len(rows)] = rows
+    return replace(stats, sample=whole)
 
 
 def _blank() -> InputStats:

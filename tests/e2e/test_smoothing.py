@@ -325,7 +325,7 @@ def test_refused_before_anything_is_loaded(case, tmp_path):
     ("keys", "fault"),
     [
         ({"smoothing_strength": 1.2}, "smoothing_strength: must be from 0 to 1, got 1.2"),
-        ({"smoothing_strength": "much"}, "smoothing_strength: expected a number, got 'much'"),
+        ({"smoothing_strength": "much"}, "smoothing_strength: expected a number or 'search', got 'much'"),
         ({"mappings": []}, "mappings: empty, so nothing would be smoothed"),
         ({"mappings": "q_proj"}, "mappings: expected a list of mappings or null, got 'q_proj'"),
         ({"mappings": [["q_proj"]]}, "mappings[0]: expected [[layers that read], layer that is scaled]"),

@@ -8,7 +8,7 @@ import torch
 from bitpress.math import products
 from bitpress.math import stats as stats_module
 from bitpress.math.products import bfloat16_products, float32_products, widened
-from bitpress.math.stats import BLOCK_ROW, GramAccumulator, InputStats
+from bitpress.math.stats import BLOCK_ROW, SAMPLE, GramAccumulator, InputStats, StatsAccumulator
 
 BACKEND = torch.backends.mkldnn.matmul
 
@@ -60,6 +60,23 @@ def test_the_setting_of_matrix_products_is_put_back(dtype, precision):
     with pytest.raises(RuntimeError):
         sums.add(torch.ones(3, 9, dtype=dtype))
     assert BACKEND.fp32_precision == precision
+
+
+@pytest.mark.parametrize("count", [1, 100, 2 * SAMPLE, 2 * SAMPLE + 1, 9 * SAMPLE + 5])
+def test_a_sample_of_tokens_does_not_depend_on_batches(count):
+    x = torch.arange(count)[:, None] * torch.ones(3)
+    samples = []
+    for size in (count, 97, SAMPLE + 3):
+        sums = StatsAccumulator(3, torch.device("cpu"), frozenset({"sample"}))
+        for part in x.split(size):
+            sums.add(part[None])
+        samples.append(sums.finish().sample)
+    step = int(samples[0][1, 0]) if count > 1 else 1
+    assert torch.equal(samples[0], x[::step]) and len(samples[0]) <= 2 * SAMPLE
+    assert step == 1 or len(samples[0]) > SAMPLE
+    assert all(torch.equal(s, samples[0]) for s in samples[1:])
+    stats = InputStats(None, count, sample=samples[0])
+    assert len(stats.merge(stats).sample) <= 2 * SAMPLE
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

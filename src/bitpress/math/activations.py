@@ -62,11 +62,11 @@ def rounded(x: Tensor, grid: Grid, beside: Mapping[str, Tensor]) -> Tensor:
         zero = None if grid.symmetric or zero is None else zero.expand(shape)
         qparams = QParams(beside["input_scale"].float().expand(shape), zero)
     else:
-        qparams = _dynamic(rows, grid, beside.get("input_global_scale"))
+        qparams = dynamic_scales(rows, grid, beside.get("input_global_scale"))
     return dequantize(quantize(rows, qparams, grid), qparams).reshape(x.shape).to(x.dtype)
 
 
-def _dynamic(rows: Tensor, grid: Grid, top: Tensor | None) -> QParams:
+def dynamic_scales(rows: Tensor, grid: Grid, top: Tensor | None) -> QParams:
     """Scales (T, G) and zero points of inputs (T, C), by the very divisions that clients do: the largest value of a
     symmetric integer lies between two codes."""
     T, C = rows.shape

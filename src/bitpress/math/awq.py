@@ -31,11 +31,15 @@ class Reader:
         weight: (R, C) float32.
         grid: to which it will be rounded; None: it will not.
         observer: how its scales will be chosen: "minmax", "hessian" (weighted search), or else a plain search.
+        inputs: integers to which its input will be rounded; None: it will not.
+        fixed: whether those have one scale for all tokens.
     """
 
     weight: Tensor
     grid: Grid | None
     observer: str = "minmax"
+    inputs: Grid | None = None
+    fixed: bool = False
 
 
 def best_scale(

@@ -20,6 +20,7 @@ from bitpress.math.products import bfloat16_products
 BLOCK_ROW, MOST_ROWS = 96, 8
 LEAST_FLOPS = 1 << 35  # of a block row on a GPU: less is over before the next one is launched
 EXTREME = 16  # times the median energy, beyond which a token says nothing about drift
+SAMPLE = 2048  # tokens of a sample at least, where there are as many
 CHUNK = 2048  # tokens converted to float32 at a time; the buffer is reused, fresh memory costs more than the copy
 
 
@@ -35,6 +36,7 @@ class InputStats:
         drift: `sum_t (f_t - x_t) x_t^T`, (C, C) float32, with f the same input in the uncompressed model, over the
             tokens of `paired`.
         paired: `sum_t x_t x_t^T`, (C, C) float32, over some of the tokens, those of extreme energy left out.
+        sample: evenly spaced tokens, (at most 2 * `SAMPLE`, C), in the dtype of the input.
     """
 
     gram: Tensor | None
@@ -44,6 +46,7 @@ class InputStats:
     high: Tensor | None = None
     drift: Tensor | None = None
     paired: Tensor | None = None
+    sample: Tensor | None = None
 
     def merge(self, other: InputStats) -> InputStats:
         """The statistics of both token sets together (batches and ranks combine this way)."""
@@ -59,6 +62,7 @@ class InputStats:
             both(self.high, other.high, torch.maximum),
             both(self.drift, other.drift, torch.add),
             both(self.paired, other.paired, torch.add),
+            both(self.sample, other.sample, lambda a, b: thinned(torch.cat([a, b]))[0]),
         )
 
     def permuted(self, order: Tensor) -> InputStats:
@@ -72,7 +76,7 @@ class InputStats:
 
         return InputStats(
             two(self.gram), self.tokens, one(self.sum_abs), one(self.low), one(self.high), two(self.drift),
-            two(self.paired),
+            two(self.paired), None if self.sample is None else self.sample[:, order],
         )  # fmt: skip
 
     def smoothed(self, scale: Tensor) -> InputStats:
@@ -86,7 +90,7 @@ class InputStats:
 
         return InputStats(
             two(self.gram), self.tokens, one(self.sum_abs), one(self.low), one(self.high), two(self.drift),
-            two(self.paired),
+            two(self.paired), one(self.sample),
         )  # fmt: skip
 
     @property
@@ -102,7 +106,8 @@ class StatsAccumulator:
     Args:
         channels: C, the number of input features.
         device: where the sums live.
-        needs: which ones, see `Modifier.needs`: "gram", "mean", "range", "drift".
+        needs: which ones, see `Modifier.needs`: "gram", "mean", "range", "drift",
+            "sample".
     """
 
     def __init__(self, channels: int, device: torch.device, needs: frozenset[str]) -> None:
@@ -113,12 +118,14 @@ class StatsAccumulator:
         self._high = torch.full((channels,), -math.inf, device=device) if "range" in needs else None
         self._drift = torch.zeros(channels, channels, device=device) if "drift" in needs else None
         self._paired = GramAccumulator(channels, device) if "drift" in needs else None
+        self._sample = Sample() if "sample" in needs else None
 
     @staticmethod
     def nbytes(channels: int, needs: frozenset[str]) -> int:
         """Bytes held for an input of `channels` features."""
         matrices = ("gram" in needs) + 2 * ("drift" in needs)
-        return matrices * GramAccumulator.nbytes(channels) or 16 * channels
+        sample = 4 * 3 * SAMPLE * channels if "sample" in needs else 0  # as it is thinned, and in float32
+        return matrices * GramAccumulator.nbytes(channels) + sample or 16 * channels
 
     def add(self, x: Tensor, full: Tensor | None = None) -> None:
         """Add the tokens of `x` (..., C); `full`: the same input in the uncompressed model, of the same shape."""
@@ -134,6 +141,8 @@ class StatsAccumulator:
             low, high = torch.aminmax(x, dim=0)
             self._low = torch.minimum(self._low, low.float())
             self._high = torch.maximum(self._high, high.float())
+        if self._sample is not None:
+            self._sample.add(x)
         if self._drift is not None and self._paired is not None and full is not None:
             self._pair(x, full.reshape(x.shape), self._drift, self._paired)
 
@@ -153,7 +162,36 @@ class StatsAccumulator:
         """The statistics; the accumulator's memory is handed over and it must not be used again."""
         gram = None if self._gram is None else self._gram.finish().gram
         paired = None if self._paired is None else self._paired.finish().gram
-        return InputStats(gram, self._tokens, self._sum_abs, self._low, self._high, self._drift, paired)
+        sample = None if self._sample is None else self._sample.finish()
+        return InputStats(gram, self._tokens, self._sum_abs, self._low, self._high, self._drift, paired, sample)
+
+
+class Sample:
+    """Every n-th token in the order in which they come, n a power of two: however they are cut into batches."""
+
+    def __init__(self) -> None:
+        self._held: list[Tensor] = []
+        self._stride, self._seen = 1, 0
+
+    def add(self, x: Tensor) -> None:
+        """Add the tokens of `x` (T, C)."""
+        self._held.append(x[-self._seen % self._stride :: self._stride].clone())
+        self._seen += len(x)
+        if sum(map(len, self._held)) > 2 * SAMPLE:
+            kept, step = thinned(torch.cat(self._held))
+            self._held, self._stride = [kept], self._stride * step
+
+    def finish(self) -> Tensor:
+        """The tokens kept."""
+        return torch.cat(self._held)
+
+
+def thinned(rows: Tensor) -> tuple[Tensor, int]:
+    """Every n-th row, so that at most 2 * `SAMPLE` are left, and n, a power of two."""
+    step = 1
+    while len(rows) > 2 * SAMPLE * step:
+        step *= 2
+    return rows[::step].clone(), step
 
 
 class GramAccumulator:

@@ -87,8 +87,8 @@ class Modifier:
     @property
     def needs(self) -> frozenset[str]:
         """What it reads of the calibration data: "gram", "mean" (of |x|), "range" (min and max), "cache" (range of
-        keys and values), "drift" (of the input from the uncompressed model's), "full" (outputs of its blocks);
-        empty: no data."""
+        keys and values), "drift" (of the input from the uncompressed model's), "full" (outputs of its blocks),
+        "sample" (of its tokens); empty: no data."""
         return frozenset()
 
     def to_dict(self) -> dict[str, Any]:

@@ -24,7 +24,8 @@ class SmoothQuantModifier(ScaleModifier):
     stage. Needs calibration data.
 
     Args:
-        smoothing_strength: how much of the width moves into the weights, from 0 to 1. Default: 0.5.
+        smoothing_strength: how much of the width moves into the weights, from 0 to 1; or "search": as much as leaves
+            the least rounding noise in the outputs, told for each mapping from a sample of the tokens. Default: 0.5.
         mappings: `[[layers that read], layer that is scaled]` each, names or "re:..."; also in AWQ's form.
             Default: all that the model allows: norms and what reads them, values and output projection, up and
             down projection.
@@ -38,18 +39,18 @@ class SmoothQuantModifier(ScaleModifier):
 
     smoothing: ClassVar[str] = "smoothquant"
 
-    smoothing_strength: Float = 0.5
+    smoothing_strength: Float | Literal["search"] = 0.5
     algorithm: Literal["smoothquant", "log_equalization"] = "smoothquant"
     num_calibration_steps: int | None = None
     calibration_function: Any = None
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"range"})
+        return frozenset({"range", "mean", "sample"} if self.smoothing_strength == "search" else {"range"})
 
     def faults(self) -> list[str]:
         found = super().faults()
-        if not 0 <= self.smoothing_strength <= 1:
+        if self.smoothing_strength != "search" and not 0 <= self.smoothing_strength <= 1:
             found.append(f"smoothing_strength: must be from 0 to 1, got {self.smoothing_strength}")
         return found
 
@@ -61,11 +62,20 @@ class SmoothQuantModifier(ScaleModifier):
         return [f"{key}: has no effect: {idle[key]}" for key in idle if getattr(self, key) is not None]
 
     def scale(self, readers: Iterable[Reader], stats: InputStats, columns: Tensor, channels: int) -> Tensor:
-        from bitpress.math.smoothquant import by_channel, column_max, log_equalization_scale, smoothquant_scale
+        from bitpress.math.smoothquant import (
+            by_channel,
+            column_max,
+            log_equalization_scale,
+            searched_scale,
+            smoothquant_scale,
+        )
 
+        if self.algorithm == "smoothquant" and self.smoothing_strength == "search":
+            return searched_scale(list(readers), stats, columns, channels)
         assert stats.low is not None and stats.high is not None
         x_max = by_channel(stats.high.maximum(-stats.low), columns, channels, "amax")
         if self.algorithm == "log_equalization":
             return log_equalization_scale(x_max)
         w_max = by_channel(column_max(r.weight for r in readers), columns, channels, "amax")
+        assert self.smoothing_strength != "search"
         return smoothquant_scale(x_max, w_max, self.smoothing_strength)
