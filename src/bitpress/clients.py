@@ -98,9 +98,11 @@ def format_notes(stored: str, sites: Sequence[Site]) -> list[str]:
         if several or alike_in_blocks(quantized) is None:
             what = "several schemes" if several else "linears quantized in some blocks only"
             notes.append(f"{stored}: {what}: gptqmodel's own loader reads this, transformers with it does not")
-        odd = {w.group_size for w in weights} - {32, 64, 128, 256}
-        if odd and any(w.num_bits == 4 for w in weights):
-            notes.append(f"{stored}: gptqmodel on a CPU needs groups of 32, 64, 128 or 256 at 4 bits")
+    odd = {w.group_size for w in weights} - {32, 64, 128, 256}
+    if odd and any(w.num_bits == 4 for w in weights):
+        notes.append(f"{stored}: gptqmodel on a CPU needs groups of 32, 64, 128 or 256 at 4 bits")
+    if any(s.block is None for s in quantized):
+        notes.append(f"{stored}: transformers leaves a quantized output head random; add lm_head to ignore for it")
     if any(s.expert is not None for s in quantized):
         notes.append(f"{stored}: experts: not tried in any client; compressed-tensors is")
     return notes

@@ -78,6 +78,8 @@ def _refusal(found: Inspection, format: str) -> str:
         return "2:4 storage is read back as dense only; convert what it was made from"
     if found.method == "dense" and format not in ("gguf", "sparse-24"):
         return "is not quantized, so there is nothing to convert; use oneshot with --scheme and --format"
+    if found.method == "bitsandbytes" and format not in ("bitsandbytes", "dense"):
+        return "NF4 and FP4 are in no other format; convert it to dense, or convert what it was made from"
     if found.method == "gguf":
         return "GGUF is not read back; convert the checkpoint that it was made from"
     return ""
@@ -113,7 +115,10 @@ def _run(
             if source is None:  # pruned, not quantized
                 weight = subject.stored([site.key])[site.key]
                 return Solved(None, None, unknown_error(), weight=weight)
-            return source.solved(by_name[site.name])
+            solved = source.solved(by_name[site.name])
+            if solved.qparams is not None and not solved.qparams.scale.isfinite().all():
+                raise CheckpointError(f"{found.path}: {site.name}: NaN or infinity in the scales; it is damaged")
+            return solved
 
         run = Run(subject, plan, [], torch.device("cpu"), writer, said, inherited=inherited)
         said.begin("convert", len(subject.blocks))

@@ -82,6 +82,8 @@ def run(argv: Sequence[str]) -> None:
     sys.argv, metadata.version = ["lm-eval", *argv], version_of
     try:
         cli_evaluate()
+    except ValueError as error:  # an unknown task, an argument that its model does not take
+        raise ConfigError(f"lm-eval: {error}") from error
     finally:
         sys.argv, metadata.version = before, version
 
@@ -96,6 +98,8 @@ def _check_loads(found: Inspection, backend: str) -> None:
             f"{found.path}: only bitpress reads 2:4 storage: bitpress convert {found.path} NEW --format dense"
         )
     remedy = f"or make it plain: bitpress convert {found.path} NEW --format dense"
+    if found.method == "gguf":
+        remedy = "or evaluate the checkpoint that it was made from"
     if backend == "vllm" and found.method in UNSERVED:
         raise CheckpointError(f"{found.path}: vLLM does not serve {found.method}; use --backend hf, {remedy}")
     lacking = [p for p in NEEDED.get(found.method, ()) if backend == "hf" and not _there(p)]

@@ -139,7 +139,10 @@ class Output:
         if site.scheme is None:
             packed = self.compressed and site.packed_24
             return formats.CHECKPOINTS[site.stored].pack_plain(z.dense()) if packed else {"weight": z.dense()}
-        return formats.pack(z, site.scheme, site.stored) if self.compressed else formats.dense(z, site.scheme)
+        try:
+            return formats.pack(z, site.scheme, site.stored) if self.compressed else formats.dense(z, site.scheme)
+        except NumericsError as error:
+            raise NumericsError(f"{site.name}: {error}") from None
 
     def settle(self) -> None:
         """Wait for the shard that is being written.

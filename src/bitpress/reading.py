@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from bitpress.inspection import Inspection
     from bitpress.modifiers.quantization import QuantizationModifier, SchemeModifier
     from bitpress.plan import Plan
+    from bitpress.recognise import QuantizedLayer
     from bitpress.sites import Site
     from bitpress.subject import ModuleSubject
 
@@ -98,14 +99,12 @@ def described(folder: Path) -> tuple[SchemeModifier, str]:
     source = Source(folder)
     for layer in found.layers:
         symmetric = bool(layer.symmetric) if name != "awq" else _centred(source, layer.name)
-        strategy, size = layer.strategy, layer.group_size
-        if strategy == "channel" and settings.get("group_size") == layer.columns:  # a single group fills the row
-            strategy, size = "group", layer.columns
-        weights = {"num_bits": layer.num_bits, "type": "int", "symmetric": symmetric, "strategy": strategy}
-        weights |= {"group_size": size} if size else {}
-        weights |= {"actorder": "group"} if settings.get("desc_act") else {}
+        weights = {"num_bits": layer.num_bits, "type": "int", "symmetric": symmetric, "strategy": layer.strategy}
+        weights |= {"group_size": layer.group_size} if layer.group_size else {}
+        weights |= {"actorder": "group"} if found.method == "gptq" and _regrouped(source, layer) else {}
         groups.setdefault(json.dumps(weights), {"weights": weights, "targets": []})["targets"].append(layer.name)
-    kind = GPTQModifier if settings.get("desc_act") else QuantizationModifier
+    ordered = any("actorder" in group["weights"] for group in groups.values())
+    kind = GPTQModifier if ordered else QuantizationModifier
     try:
         return kind(config_groups={f"group_{i}": g for i, g in enumerate(groups.values())}), name
     except RecipeError as error:
@@ -132,6 +131,21 @@ def _blockwise(folder: Path, found: Inspection, settings: dict[str, Any]) -> Sch
         return BitsAndBytesModifier(**keys)
     except RecipeError as error:
         raise CheckpointError(f"{folder}: {error}") from None
+
+
+def _regrouped(source: Source, layer: QuantizedLayer) -> bool:
+    """Whether the columns of a group in GPTQ's format lie apart, whatever desc_act says.
+
+    Raises:
+        CheckpointError: no group of a column, or one that is not there.
+    """
+    name, size = f"{layer.name}.g_idx", layer.group_size or layer.columns
+    if name not in source.tensors:
+        raise CheckpointError(f"{source.folder}: '{name}' is missing; download it again")
+    g_idx = source.read([name])[name]
+    if not bool(((g_idx >= 0) & (g_idx < -(-layer.columns // size))).all()):
+        raise CheckpointError(f"{source.folder}: '{name}' names groups that are not there; download it again")
+    return not torch.equal(g_idx.long(), torch.arange(layer.columns) // size)
 
 
 def _centred(source: Source, name: str) -> bool:

@@ -31,7 +31,9 @@ METHODS = ("compressed-tensors", "gptq", "awq", "bitsandbytes", "fp8", "sparse-2
 FLOATS = ("F64", "F32", "F16", "BF16")
 _QUANT_STATE = "weight.quant_state.bitsandbytes__"
 _NOTES = ("weight_shape", "weight_format", _QUANT_STATE)
-_STORED = ("weight", "qweight", "qzeros", "scales", "g_idx", "SCB", "values", "positions", "zeros")
+_STORED = (
+    "weight", "qweight", "qzeros", "scales", "g_idx", "SCB", "values", "positions", "zeros", "q4_0", "q4_1", "q8_0",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

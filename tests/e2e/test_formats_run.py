@@ -1,12 +1,14 @@
 """Runs and conversions into every checkpoint format, from the command line and from Python."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from bitpress import ConfigError, PlanError, convert, oneshot
+from bitpress import CheckpointError, ConfigError, PlanError, convert, oneshot
 from bitpress.cli import app
 from bitpress.inspection import inspect_checkpoint
 from bitpress.loading import load_model
@@ -121,6 +123,59 @@ def test_groups_of_the_act_order_from_disk_and_in_memory(base, tmp_path):
         assert not (tmp_path / target).exists()
     with pytest.raises(PlanError, match="needs the GPTQ format"):
         again.save_pretrained(tmp_path / "packed", quantization_format="compressed-tensors")
+
+
+def changed(folder, out, change, **settings):
+    """A copy of a GPTQ checkpoint with other tensors, or other words about them."""
+    shutil.copytree(folder, out)
+    found = tensors(folder)
+    change(found)
+    for file in out.glob("*.safetensors"):
+        file.unlink()
+    (out / "model.safetensors.index.json").unlink(missing_ok=True)
+    save_file(found, out / "model.safetensors")
+    config = config_of(folder)
+    config["quantization_config"] |= settings
+    (out / "config.json").write_text(json.dumps(config))
+    return out
+
+
+def test_groups_are_told_by_where_columns_lie_not_by_the_flag(base, tmp_path):
+    recipe = QuantizationModifier(scheme="W4A16", group_size=16, ignore=["lm_head"])
+    packed = run(base, tmp_path / "packed", recipe, "compressed-tensors")
+    flagged = changed(run(base, tmp_path / "gptq", recipe, "gptq"), tmp_path / "flag", lambda t: None, desc_act=True)
+    assert_same_tensors(
+        tensors(convert(flagged, tmp_path / "back", format="compressed-tensors").folder), tensors(packed)
+    )
+    rows = QuantizationModifier(scheme="W4A16", group_size=-1, ignore=["lm_head"])
+    whole = changed(run(base, tmp_path / "rows", rows, "gptq"), tmp_path / "whole", lambda t: None, desc_act=True)
+    assert torch.equal(
+        logits(load_model(convert(whole, tmp_path / "awq", format="awq").folder)), logits(load_model(whole))
+    )
+
+
+def test_a_damaged_source_is_said_with_the_tensor(base, tmp_path):
+    folder = run(
+        base, tmp_path / "out", QuantizationModifier(scheme="W4A16", group_size=16, ignore=["lm_head"]), "gptq"
+    )
+    linear = "model.layers.0.mlp.up_proj"
+    cases = {
+        f"'{linear}.g_idx' is missing": lambda t: t.pop(f"{linear}.g_idx"),
+        f"'{linear}.g_idx' names groups that are not there": lambda t: t[f"{linear}.g_idx"].fill_(99),
+        f"{linear}: NaN or infinity in the scales": lambda t: t[f"{linear}.scales"].fill_(float("nan")),
+    }
+    for i, (why, change) in enumerate(cases.items()):
+        with pytest.raises(CheckpointError, match=why):
+            convert(changed(folder, tmp_path / str(i), change), tmp_path / f"to{i}", format="awq")
+
+
+def test_a_quantized_head_is_said(base, tmp_path):
+    recipe = QuantizationModifier(scheme="W4A16", group_size=16, ignore=[])
+    for format in ("gptq", "awq"):
+        folder = run(base, tmp_path / format, recipe, format)
+        assert config_of(folder)["quantization_config"]["lm_head"] is True
+        notes = json.loads((folder / "report.json").read_text())["notes"]
+        assert any("leaves a quantized output head random" in note for note in notes)
 
 
 def test_two_stages_hand_groups_on(base, tmp_path):

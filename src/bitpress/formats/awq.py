@@ -92,6 +92,7 @@ class AWQ(CheckpointFormat):
             "zero_point": True,  # symmetric weights have them too, all in the middle
             "version": "gemm",
             "modules_to_not_convert": list(ignored),
+            **({"lm_head": True} if any(s.block is None for s in sites) else {}),
         }
 
 

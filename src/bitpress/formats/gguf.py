@@ -119,7 +119,9 @@ def exact_half(scale: Tensor) -> Tensor:
     half = scale.to(torch.float16)
     if not torch.equal(half.to(scale.dtype), scale):
         worst = scale[half.to(scale.dtype) != scale].abs().min()
-        raise NumericsError(f"a scale of {float(worst):.3g} is no float16 number, which GGUF needs; add it to ignore")
+        raise NumericsError(
+            f"a scale of {float(worst):.3g} is no float16 number, which GGUF needs; leave this linear dense (ignore)"
+        )
     return half
 
 
