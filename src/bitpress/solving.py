@@ -344,20 +344,28 @@ def _solve_together(run: Run, jobs: list[Job], folding: Folding | None) -> list[
     problems = [_of_job(run, job, folding) for job in jobs]
     solved = chain.solve_each(jobs[0].sites[0].steps, problems, run.subject.dtype)
     seconds = (time.perf_counter() - clock) / sum(len(job.sites) for job in jobs)
-    results: list[list[Part]] = []
-    for job, (weights, stats), found in zip(jobs, problems, solved, strict=True):
-        parts = []
+    figures, names = [], []
+    for job, (weights, _), found in zip(jobs, problems, solved, strict=True):
         for site, weight, z in zip(job.sites, weights, found, strict=True):
             dense = z.dense()
+            zeros = (dense == 0).float().mean()
+            figures.append(torch.stack([z.error.to(zeros).reshape(()), zeros]))
+            names.append(_mask_name(site, weight, dense))
+    told = zip(torch.stack(figures).tolist(), names, strict=True)  # the device is waited for once
+    results: list[list[Part]] = []
+    for job, (_, stats), found in zip(jobs, problems, solved, strict=True):
+        parts = []
+        for site, z in zip(job.sites, found, strict=True):
+            (error, sparsity), mask = next(told)
             report = LayerReport(
                 name=site.name,
                 method=site.method,
                 scheme=label(site.group),
-                rel_error=float(z.error),
+                rel_error=error,
                 error_of="weight" if stats is None or stats.gram is None else "output",
                 bits_per_weight=bits_per_weight(site),
-                sparsity=float((dense == 0).float().mean()),
-                mask=_mask_name(site, weight, dense),
+                sparsity=sparsity,
+                mask=mask,
                 tokens=0 if stats is None else stats.tokens,
                 policy=job.policy,
                 seconds=seconds,
