@@ -344,37 +344,12 @@ def test_faults(lines, said, base, place):
     assert not Path("out").exists()
 
 
-def test_an_encoder_decoder_is_refused(place):
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    config = T5Config(vocab_size=96, d_model=32, d_ff=64, d_kv=8, num_layers=2, num_heads=4)
-    T5ForConditionalGeneration(config).save_pretrained("t5")
-    Path("run.yaml").write_text("model: t5\noutput_dir: out\nscheme: W8A8\ndataset: chats.jsonl\n")
-    assert any("an encoder-decoder; bitpress compresses decoder language models" in p for p in fault("run.yaml"))
-
-
-def test_templates(base, place):
-    head = f"model: {base}\noutput_dir: out\nscheme: W4A16\ngroup_size: 16\ndataset_spec:\n  data_files: pairs.jsonl\n"
-    for more, said in (
-        ("  source_template: '{sorce}'\n", "line 7: dataset_spec.source_template: the rows have no column 'sorce'. "
-         "Columns: source, target. Did you mean 'source'?"),
-        ("  text_template: '{source'\n", "line 7: dataset_spec.text_template: not a template"),
-        ("  messages_template: [{role: user, content: '{}'}]\n", "messages_template.0.content: {} names no column"),
-        ("  messages_template: [{role: user}]\n", "messages_template.0: expected role and content"),
-        ("  select_columns: [src]\n", "dataset_spec.select_columns: the rows have no column 'src'"),
-        ("  token_length_filter: {column: source, max_length: 2}\n", "all 40 rows have more than 2 tokens"),
-        ("  spec_class: bitpress.Seq2SqDatasourceSpec\n", "Did you mean 'Seq2SeqDatasourceSpec'?"),
-    ):  # fmt: skip
-        Path("bad.yaml").write_text(head + more)
-        assert said in "\n".join(fault("bad.yaml")), more
-
-
 def test_overrides(tmp_path):
     file = tmp_path / "a.yaml"
     file.write_text("a: {b: [1, {c: 2}]}\nd: x\n")
-    found = read(file, ["a.b.1.c=[1, 2]", "d=W8A8", "e.f=true", "g=0.8", "h=null", 'i="7"', "j=a=b"])
+    found = read(file, ["a.b.1.c=[1, 2]", "d=W8A8", "e.f=true", "g=0.8", 'i="7"', "j=a=b"])
     assert found.data == {
-        "a": {"b": [1, {"c": [1, 2]}]}, "d": "W8A8", "e": {"f": True}, "g": 0.8, "h": None, "i": "7", "j": "a=b",
+        "a": {"b": [1, {"c": [1, 2]}]}, "d": "W8A8", "e": {"f": True}, "g": 0.8, "i": "7", "j": "a=b",
     }  # fmt: skip
     assert (
         found.place(("e", "f")) == "--set e.f"
@@ -382,8 +357,8 @@ def test_overrides(tmp_path):
         and found.place(("a",)).endswith("line 1: a")
     )
     for bad, said in (("a", "key=value"), ("a.b.7=1", "list of 2"), ("d.e=1", "has no keys"), ("=1", "key=value")):
-        with pytest.raises(ConfigError, match=said):
-            read(file, [bad])
+        (fault,) = read(file, [bad]).faults
+        assert said in fault
 
 
 def test_on_the_command_line(base, place, monkeypatch, capsys):

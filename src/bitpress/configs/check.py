@@ -67,8 +67,15 @@ class Checker:
                 else:
                     self.fault((*path, key), f"expected {described(known[key])}, got {given!r}")
             elif key not in also:
-                self.fault((*path, str(key)), f"unknown key.{did_you_mean(str(key), (*known, *also))}")
+                self._unknown(path, str(key), (*known, *also))
+        within = self.document.origin(path)
+        for *table, key in sorted(self.document.back - set(self.document.lines)):  # what never was there
+            if tuple(table) == within and key not in (*known, *also, *value):
+                self._unknown(path, key, (*known, *also))
         return found
+
+    def _unknown(self, path: Sequence[str], key: str, known: Iterable[str]) -> None:
+        self.fault((*path, key), f"unknown key.{did_you_mean(key, known)}")
 
 
 def hints(kind: type[Any]) -> dict[str, Any]:

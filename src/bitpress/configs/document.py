@@ -33,14 +33,16 @@ class Document:
         data: the whole of it, overrides included.
         lines: number of the line of a key, by its path.
         given: paths that were set by an override.
+        back: paths that an override took back, whether they were there or not.
         moved: where a key stands in the file, by the path under which it is known here.
-        faults: keys that are there twice.
+        faults: keys that are there twice, overrides that cannot be followed.
     """
 
     name: str
     data: dict[str, Any]
     lines: dict[Path_, int] = field(default_factory=dict)
     given: set[Path_] = field(default_factory=set)
+    back: set[Path_] = field(default_factory=set)
     moved: dict[Path_, Path_] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
 
@@ -59,7 +61,8 @@ class Document:
 
     def has(self, path: Sequence[str]) -> bool:
         """Whether the file or an override has this very key."""
-        return self.origin(path) in self.lines or self.origin(path) in self.given
+        path = self.origin(path)
+        return path not in self.back and (path in self.lines or path in self.given)
 
     def origin(self, path: Sequence[str]) -> Path_:
         """The path of a key in the file."""
@@ -75,10 +78,11 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Document:
 
     Args:
         overrides: `dotted.key=value` each, which take the place of what the file says; a number in the key is an
-            element of a list. The value is written as in TOML; what is no such value is a string.
+            element of a list. The value is written as in TOML; what is no such value is a string; null takes the key
+            back. Those that cannot be followed are among the document's faults.
 
     Raises:
-        ConfigError: the file is missing, of another kind or not valid, or an override cannot be followed.
+        ConfigError: the file is missing, of another kind or not valid.
     """
     if path.suffix.lower() not in SUFFIXES:
         raise ConfigError(f"{path}: a configuration ends in {', '.join(SUFFIXES)}")
@@ -89,9 +93,7 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Document:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     document = (_toml if path.suffix.lower() == ".toml" else _yaml)(text, path)
-    faults = [fault for text in overrides for fault in _override(document, text)]
-    if faults:
-        raise ConfigError([*document.faults, *faults])
+    document.faults += [fault for text in overrides for fault in _override(document, text)]
     return document
 
 
@@ -194,6 +196,7 @@ def _override(document: Document, text: str) -> list[str]:
     path = tuple(part.strip() for part in name.split("."))
     if not equals or not all(path):
         return [f"--set {text}: write it as key=value, such as scheme=W4A16 or dataset_spec.take=100"]
+    value = value_of(written)
     at: Any = document.data
     for n, part in enumerate(path):
         here = f"--set {text}: {'.'.join(path[:n])}"
@@ -202,16 +205,23 @@ def _override(document: Document, text: str) -> list[str]:
             if not part.isdecimal() or int(part) >= len(at):
                 return [f"{here}: is a list of {len(at)}; give a number from 0 to {len(at) - 1}, not '{part}'"]
             if last:
-                at[int(part)] = value_of(written)
+                at[int(part)] = value
             else:
                 at = at[int(part)]
         elif isinstance(at, dict):
+            if value is None and (last or part not in at):  # no table is made only to be without a key
+                at.pop(part, None)
+                path = path[: n + 1]
+                document.back.add(path)
+                break
             if last:
-                at[part] = value_of(written)
+                at[part] = value
             else:
                 at = at.setdefault(part, {})
         else:
             return [f"{here}: is {at!r}, which has no keys"]
+    else:
+        document.back -= {path[:n] for n in range(1, len(path) + 1)}
     document.given.add(path)
     return []
 

@@ -55,9 +55,9 @@ class TokenizerKeys:
 
     name: str | None = None
     max_length: int | None = None
-    truncation: bool | str = True
+    truncation: bool | Literal["longest_first", "only_first", "only_second", "do_not_truncate"] = True
     padding_side: Literal["left", "right"] | None = None
-    padding: bool | str | None = None
+    padding: bool | Literal["longest", "max_length", "do_not_pad"] | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     init_kwargs: dict[str, Any] = field(default_factory=dict)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bitpress import ranks
-from bitpress.configs import dotted, wizard
+from bitpress.configs import dotted, generation, wizard
 from bitpress.configs.check import Checker, hints
 from bitpress.configs.document import Document, read
 from bitpress.configs.keys import RunKeys, TokenizerKeys
@@ -21,7 +20,7 @@ from bitpress.configs.sources import Builder
 from bitpress.data.local import cause_of
 from bitpress.data.pairs import joined
 from bitpress.effort import integer_activations
-from bitpress.errors import BitpressError, ConfigError, DataError, did_you_mean
+from bitpress.errors import BitpressError, ConfigError, DataError
 from bitpress.oneshot import Arguments
 from bitpress.progress import Progress
 from bitpress.recipe import Recipe
@@ -142,7 +141,7 @@ def load(path: Path, overrides: Sequence[str] = (), **more: Any) -> Configured:
     checker = Checker(document)
     data, notes = wizard.translate(checker)
     known = {k: WRITTEN.get(k, v) for k, v in hints(Arguments).items() if k not in NOT_KEYS}
-    keys = checker.keys({**known, **hints(RunKeys)}, data, ()) or {}
+    keys = checker.keys({**known, **hints(RunKeys)}, data, (), also=wizard.KEYS) or {}
     for name in ("model", "output_dir"):
         if name not in data:
             checker.fault((name,), "missing")
@@ -152,16 +151,16 @@ def load(path: Path, overrides: Sequence[str] = (), **more: Any) -> Configured:
         arguments |= {"trust_remote_code_model": True, "trust_remote_code_data": True}
     if "dtype" in arguments:
         arguments["dtype"] = SHORT.get(arguments["dtype"], arguments["dtype"])
-    arguments.setdefault("max_seq_length", MAX_LENGTH)
     folder = path.resolve().parent
     _recipe(checker, own, keys, arguments)
     _tokenizer(checker, own, arguments)
+    arguments.setdefault("max_seq_length", MAX_LENGTH)
     _data(checker, own, keys, arguments, folder)
-    generation = _generation(checker, own.generation)
+    produced = generation.checked(checker, own.generation)
     training = _training(checker, own, arguments)
     if checker.faults:
         raise ConfigError([*checker.faults, *_others(checker, arguments, training)])
-    return Configured(document, arguments, training, generation, tuple(notes))
+    return Configured(document, arguments, training, produced, tuple(notes))
 
 
 def _recipe(checker: Checker, own: RunKeys, keys: Mapping[str, Any], arguments: dict[str, Any]) -> None:
@@ -221,8 +220,9 @@ def _tokenizer(checker: Checker, own: RunKeys, arguments: dict[str, Any]) -> Non
             "out with dataset_spec.token_length_filter",
         )
     if keys.max_length is not None:
-        if checker.document.has(("max_seq_length",)) and arguments["max_seq_length"] != keys.max_length:
-            checker.fault(("tokenizer", "max_length"), f"max_seq_length says {arguments['max_seq_length']}; give one")
+        said = checker.document.data.get("max_seq_length", keys.max_length)
+        if said != keys.max_length:
+            checker.fault(("tokenizer", "max_length"), f"max_seq_length says {said!r}; give one")
         arguments["max_seq_length"] = keys.max_length
         checker.document.moved["max_seq_length",] = checker.document.origin(("tokenizer", "max_length"))
     options = dict(keys.init_kwargs)
@@ -276,7 +276,6 @@ def _data(checker: Checker, own: RunKeys, keys: Mapping[str, Any], arguments: di
         return
     if given := [k for k in ("dataset", "dataset_path", "splits") if keys.get(k) is not None]:
         checker.fault(("dataset_spec",), f"cannot go with {', '.join(given)}; give one of them")
-        return
     tokenizer = arguments.get("tokenizer")
     if tokenizer is None or isinstance(tokenizer, str):
         tokenizer = _made_tokenizer(checker, tokenizer, {}, arguments)
@@ -287,27 +286,6 @@ def _data(checker: Checker, own: RunKeys, keys: Mapping[str, Any], arguments: di
         arguments.setdefault("shuffle_calibration_samples", False)
     end = getattr(tokenizer, "eos_token", None) if own.add_eos_token else None
     arguments["preprocessing_func"] = joined(own.separator_token, end or "", function)
-
-
-def _generation(checker: Checker, given: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of generation, held against those that transformers has."""
-    if not given:
-        return {}
-    from transformers import GenerationConfig
-
-    known = GenerationConfig().to_dict()
-    for key in given:
-        if key not in known:
-            checker.fault(("generation", key), f"unknown key.{did_you_mean(key, known)}")
-    try:
-        GenerationConfig(**{k: v for k, v in given.items() if k in known}).validate(strict=True)
-    except (ValueError, TypeError) as error:
-        each = re.findall(r"^- `(\w+)`: (.*)", str(error), re.MULTILINE)  # several are told one a line
-        for key, text in each:
-            checker.fault(("generation", key), text)
-        if not each:
-            checker.fault(("generation",), cause_of(error))
-    return given
 
 
 def _others(checker: Checker, arguments: dict[str, Any], training: dict[str, Any] | None) -> list[str]:

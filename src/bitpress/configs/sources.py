@@ -15,15 +15,15 @@ from __future__ import annotations
 
 import bisect
 import string
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from glob import glob, has_magic
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from bitpress.configs import dotted
-from bitpress.configs.check import Checker
+from bitpress.configs.check import Checker, fits
 from bitpress.configs.keys import DatasetKeys, LengthFilterKeys, PreprocessingKeys
 from bitpress.data.local import cause_of
 from bitpress.errors import DataError, did_you_mean
@@ -79,6 +79,7 @@ class Builder:
     folder: Path
     tokenizer: Any
     seed: int
+    meant: set[str] = field(default_factory=set, init=False)  # columns there would be but for what is noted already
 
     def rows(self, table: Any, path: tuple[str, ...]) -> Any:
         """The rows; None if anything is wrong, which is noted."""
@@ -99,17 +100,25 @@ class Builder:
                 self.checker.fault((*path, key), f"missing; {last} needs it")
         if keys is None:
             return None
-        found = self._base(keys, path)
-        if found is not None:
-            found = self._preprocessed(found, keys, path)
+        steps: list[tuple[PreprocessingKeys, tuple[str, ...]]] = [(keys, path)]
         if keys.preprocessing is not None:
             at = (*path, "preprocessing")
-            steps = self.checker.table(PreprocessingKeys, keys.preprocessing, at, also=("spec_class",))
-            if found is not None and steps is not None:
-                found = self._preprocessed(found, steps, at)
-        if found is None or len(self.checker.faults) > before:
-            return None
-        return self._templated(found, keys, last, path)
+            inner = self.checker.table(PreprocessingKeys, keys.preprocessing, at, also=("spec_class",))
+            steps += [(inner, at)] if inner is not None else []
+        templates = self._templates(keys, last, path)
+        found = self._base(keys, path)
+        if found is not None and any(_asked(step) for step, _ in steps):
+            found = self._table(found, path)
+        columns, self.meant = None if found is None else columns_of(found), set()
+        for step, at in steps:
+            columns = self._checked(step, columns, at)
+        for at, named in self._named_in(templates, path):
+            self._there(named, columns, at)
+        for step, at in steps:
+            if found is None or len(self.checker.faults) > before:
+                return None
+            found = self._preprocessed(found, step, at)
+        return None if found is None else _templated(found, keys, templates)
 
     def _base(self, keys: DatasetKeys, path: tuple[str, ...]) -> Any:
         given = [k for k in ("data_files", "dataset", "parent", "parents") if getattr(keys, k) is not None]
@@ -161,56 +170,83 @@ class Builder:
         except Exception as error:  # the loaders raise many unrelated types; the reason is kept
             raise DataError(f"{', '.join(files[:3])}: cannot be read as {loader}: {cause_of(error)}") from None
 
-    def _preprocessed(self, rows: Any, keys: PreprocessingKeys, path: tuple[str, ...]) -> Any:
+    def _table(self, rows: Any, path: tuple[str, ...]) -> Any:
+        """The rows as a table, of which columns can be taken."""
         import datasets
 
-        asked = [f.name for f in fields(PreprocessingKeys) if getattr(keys, f.name) not in (None, False)]
-        if not asked:
+        if isinstance(rows, datasets.Dataset):
             return rows
-        if not isinstance(rows, datasets.Dataset):
-            rows = datasets.Dataset.from_list(list(rows))
+        each = list(rows)
+        if not all(isinstance(row, Mapping) for row in each):
+            self.checker.fault(path, "the rows have no columns, so nothing of this can be done to them")
+            return None
+        return datasets.Dataset.from_list(each)
+
+    def _checked(self, keys: PreprocessingKeys, columns: list[str] | None, path: tuple[str, ...]) -> list[str] | None:
+        """The columns after these steps, of rows with such columns; what is wrong with a step hides no later one.
+
+        Args:
+            columns: None where they are not known.
+        """
+        right = True
         if keys.select_columns is not None:
-            if not self._there(keys.select_columns, rows, (*path, "select_columns")):
-                return None
+            wrong = self._there(keys.select_columns, columns, (*path, "select_columns"))
+            self.meant |= set(wrong)
+            right = not wrong
+            if columns is not None and right:  # else the wrong name may be meant for any of them
+                columns = keys.select_columns
+        if keys.rename_columns is not None:
+            at, new = (*path, "rename_columns"), list(keys.rename_columns.values())
+            self._there(keys.rename_columns, columns, at)
+            kept = [c for c in columns or () if c not in keys.rename_columns]
+            for name in dict.fromkeys(new):
+                if not name:
+                    self.checker.fault(at, "a new name is empty")
+                elif new.count(name) > 1 or (right and name in kept):
+                    self.checker.fault(at, f"there would be two columns '{name}'")
+            if columns is not None:
+                self.meant |= {n for old, n in keys.rename_columns.items() if old not in columns}
+                columns = [*kept, *(n for old, n in keys.rename_columns.items() if old in columns)]
+        if keys.take is not None and keys.take < 1:
+            self.checker.fault((*path, "take"), f"must be at least 1, got {keys.take}")
+        if keys.token_length_filter is not None:
+            at = (*path, "token_length_filter")
+            rule = self.checker.table(LengthFilterKeys, keys.token_length_filter, at)
+            most = keys.token_length_filter.get("max_length")
+            if isinstance(most, int) and fits(most, int) and most < 1:
+                self.checker.fault((*at, "max_length"), f"must be at least 1, got {most}")
+            if rule is not None and not rule.column:
+                self.checker.fault((*at, "column"), "names no column")
+            elif rule is not None:
+                self._there(_of(rule), columns, (*at, "column"))
+        return columns
+
+    def _there(self, named: Iterable[str], columns: Sequence[str] | None, path: tuple[str, ...]) -> list[str]:
+        """Those that are not among the columns; notes them."""
+        known = columns or ()
+        missing = [] if columns is None else [c for c in dict.fromkeys(named) if c not in {*known, *self.meant}]
+        for column in missing:
+            hint = did_you_mean(column, known)
+            hint = hint if "Did you mean" in hint else ""
+            self.checker.fault(path, f"the rows have no column '{column}'. Columns: {', '.join(known)}.{hint}")
+        return missing
+
+    def _preprocessed(self, rows: Any, keys: PreprocessingKeys, path: tuple[str, ...]) -> Any:
+        """The rows after steps that are right."""
+        if keys.select_columns is not None:
             rows = rows.select_columns(keys.select_columns)
         if keys.rename_columns is not None:
-            if not self._there(keys.rename_columns, rows, (*path, "rename_columns")):
-                return None
-            try:
-                rows = rows.rename_columns(keys.rename_columns)
-            except ValueError as error:
-                self.checker.fault((*path, "rename_columns"), str(error))
-                return None
+            rows = rows.rename_columns(keys.rename_columns)
         if keys.shuffle:
             rows = rows.shuffle(seed=self.seed)
         if keys.take is not None:
-            if keys.take < 1:
-                self.checker.fault((*path, "take"), f"must be at least 1, got {keys.take}")
-                return None
             rows = rows.select(range(min(keys.take, len(rows))))
         if keys.token_length_filter is not None:
-            rows = self._short(rows, keys.token_length_filter, (*path, "token_length_filter"))
+            rows = self._short(rows, LengthFilterKeys(**keys.token_length_filter), (*path, "token_length_filter"))
         return rows
 
-    def _there(self, columns: Iterable[str], rows: Any, path: tuple[str, ...]) -> bool:
-        """Whether rows have these columns; notes those that they have not."""
-        known = columns_of(rows)
-        missing = [] if known is None else [c for c in dict.fromkeys(columns) if c not in known]
-        for column in missing:
-            there = ", ".join(known or ())
-            hint = did_you_mean(column, known or ())
-            hint = hint if "Did you mean" in hint else ""
-            self.checker.fault(path, f"the rows have no column '{column}'. Columns: {there}.{hint}")
-        return not missing
-
-    def _short(self, rows: Any, table: Mapping[str, Any], path: tuple[str, ...]) -> Any:
+    def _short(self, rows: Any, keys: LengthFilterKeys, path: tuple[str, ...]) -> Any:
         """The rows that are not too long."""
-        keys = self.checker.table(LengthFilterKeys, table, path)
-        if keys is None:
-            return None
-        columns = [keys.column] if isinstance(keys.column, str) else keys.column
-        if not self._there(columns, rows, (*path, "column")):
-            return None
         tokenizer = self.tokenizer
         if keys.pretrained_name is not None:
             from transformers import AutoTokenizer
@@ -225,60 +261,52 @@ class Builder:
             return None
         join = sum if keys.aggregation == "sum" else max
 
-        def fits(batch: Mapping[str, list[Any]]) -> list[bool]:
-            counts = [[len(i) for i in tokenizer([str(t) for t in batch[c]])["input_ids"]] for c in columns]
+        def short(batch: Mapping[str, list[Any]]) -> list[bool]:
+            counts = [[len(i) for i in tokenizer([str(t) for t in batch[c]])["input_ids"]] for c in _of(keys)]
             return [join(row) <= keys.max_length for row in zip(*counts, strict=True)]
 
-        kept = rows.filter(fits, batched=True, keep_in_memory=True, load_from_cache_file=False)
+        kept = rows.filter(short, batched=True, keep_in_memory=True, load_from_cache_file=False)
         if not len(kept):
             self.checker.fault((*path, "max_length"), f"all {len(rows)} rows have more than {keys.max_length} tokens")
             return None
         return kept
 
-    def _templated(self, rows: Any, keys: DatasetKeys, name: str, path: tuple[str, ...]) -> Any:
-        """Rows with what the templates make of their columns; they are filled in when a row is read."""
+    def _templates(self, keys: DatasetKeys, name: str, path: tuple[str, ...]) -> dict[tuple[str, ...], str]:
+        """The templates that rows are made with, by their place in the table."""
         pairs = name == "Seq2SeqDatasourceSpec" or keys.source_template is not None or keys.target_template is not None
         chat, text = keys.messages_template, keys.text_template
-        if (pairs, chat is not None, text is not None).count(True) > 1:
+        several = (pairs, chat is not None, text is not None).count(True) > 1
+        if several:
             self.checker.fault(path, "source_template, messages_template and text_template: give one kind")
-            return None
-        templates: dict[tuple[str, ...], str] = {}
-        before = len(self.checker.faults)
+        found: dict[tuple[str, ...], str] = {}
         if pairs:
-            templates = {
-                ("source_template",): keys.source_template or "{source}",
-                ("target_template",): keys.target_template or "{target}",
-            }
-        elif chat is not None:
-            for i, message in enumerate(chat):
-                if set(message) != {"role", "content"}:
-                    self.checker.fault((*path, "messages_template", str(i)), "expected role and content")
-                templates["messages_template", str(i), "content"] = message.get("content", "")
-        elif text is not None:
-            templates = {("text_template",): text}
-        for at, template in templates.items():
+            given = {"source": keys.source_template, "target": keys.target_template}
+            found = {(f"{c}_template",): t or f"{{{c}}}" for c, t in given.items() if t or not several}
+        for i, message in enumerate(chat or ()):
+            if set(message) != {"role", "content"}:
+                self.checker.fault((*path, "messages_template", str(i)), "expected role and content")
+            found["messages_template", str(i), "content"] = message.get("content", "")
+        if text is not None:
+            found["text_template",] = text
+        return found
+
+    def _named_in(
+        self, templates: Mapping[tuple[str, ...], str], path: tuple[str, ...]
+    ) -> Iterator[tuple[tuple[str, ...], list[str]]]:
+        """The place of each template and the columns that it names; notes those that are none."""
+        for place, template in templates.items():
+            at = (*path, *place)
             try:
                 columns = [
                     c.split(".")[0].split("[")[0] for _, c, _, _ in string.Formatter().parse(template) if c is not None
                 ]
             except ValueError as error:
-                self.checker.fault((*path, *at), f"not a template: {error}; braces of the text itself are doubled")
+                self.checker.fault(at, f"not a template: {error}; braces of the text itself are doubled")
                 continue
             if "" in columns:
-                self.checker.fault((*path, *at), "{} names no column; write {column}, and braces of the text doubled")
+                self.checker.fault(at, "{} names no column; write {column}, and braces of the text doubled")
             else:
-                self._there(columns, rows, (*path, *at))
-        if len(self.checker.faults) > before:
-            return None
-        if pairs:
-            source, target = templates.values()
-            return Rows([(rows, lambda r: {"source": filled(source, r), "target": filled(target, r)})])
-        if chat is not None:
-            made = [(m["role"], m["content"]) for m in chat]
-            return Rows([(rows, lambda r: {keys.output_column: [
-                {"role": role, "content": filled(content, r)} for role, content in made
-            ]})])  # fmt: skip
-        return rows if text is None else Rows([(rows, lambda r: {"text": filled(text, r)})])
+                yield at, columns
 
     def _users(self, name: str, table: Mapping[str, Any], path: tuple[str, ...]) -> Any:
         """The rows of a class or function of the user's."""
@@ -290,6 +318,30 @@ class Builder:
                 given[key] = inner if inner is None or hasattr(inner, "dataset") else Rows([(inner, None)])
         found = dotted.made(self.checker, name, given, path, self.folder)
         return found if len(self.checker.faults) == before else None
+
+
+def _asked(keys: PreprocessingKeys) -> bool:
+    """Whether anything is done to the rows."""
+    return any(getattr(keys, f.name) not in (None, False) for f in fields(PreprocessingKeys))
+
+
+def _of(rule: LengthFilterKeys) -> list[str]:
+    """The columns whose tokens are counted."""
+    return [rule.column] if isinstance(rule.column, str) else rule.column
+
+
+def _templated(rows: Any, keys: DatasetKeys, templates: Mapping[tuple[str, ...], str]) -> Any:
+    """Rows with what the templates make of their columns; they are filled in when a row is read."""
+    if "source_template" in {at[0] for at in templates}:
+        source, target = templates.values()
+        return Rows([(rows, lambda r: {"source": filled(source, r), "target": filled(target, r)})])
+    if keys.messages_template is not None:
+        made = [(m["role"], m["content"]) for m in keys.messages_template]
+        return Rows([(rows, lambda r: {keys.output_column: [
+            {"role": role, "content": filled(content, r)} for role, content in made
+        ]})])  # fmt: skip
+    text = keys.text_template
+    return rows if text is None else Rows([(rows, lambda r: {"text": filled(text, r)})])
 
 
 def filled(template: str, row: Row) -> str:

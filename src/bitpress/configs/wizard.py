@@ -37,6 +37,7 @@ MODEL_KEYS = {
 }  # fmt: skip
 SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 CALL = ("max_length", "truncation", "padding")
+KEYS = ("recipe_class", "spec_class", "wizard_module", "generation_args")  # that `translate` takes
 
 Moved = dict[tuple[str, ...], tuple[str, ...]]  # see `Document`
 

@@ -215,9 +215,15 @@ def _as_message(message: Any) -> dict[str, Any]:
     given = {key: item for key, item in message.items() if item is not None}
     if "from" in given and "role" not in given:
         speaker = str(given.pop("from"))
-        given = {"role": _ROLES.get(speaker.lower(), speaker), "content": given.pop("value", ""), **given}
+        said = {"content": given.pop("value")} if "value" in given else {}
+        given = {"role": _ROLES.get(speaker.lower(), speaker), **said, **given}
     if "role" not in given:
         raise DataError(f"a message has no 'role' (it has: {_names(given)}). Give role and content, or from and value.")
+    if set(given) <= {"role", "name"}:  # one that calls tools may do without content
+        raise DataError(
+            f"a message of '{given['role']}' has no 'content'. Give role and content, or from and value; an empty text "
+            "where nothing is said."
+        )
     return {"content": "", **given}
 
 
