@@ -29,7 +29,9 @@ from bitpress.options import (
     OutputDir,
     Prompts,
     Quiet,
+    QuietAtWork,
     Resume,
+    RunDtype,
     Trust,
     TrustPickle,
     Verbose,
@@ -143,11 +145,11 @@ def evaluate(
     text: Annotated[Path | None, typer.Option(help="Text file to judge on. Default: a built-in text.")] = None,
     windows: Annotated[int, typer.Option(help="Windows of text.")] = 8,
     length: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
+    dtype: RunDtype = "float32",
     device: Device = "auto",
     trust_remote_code: Trust = False,
     trust_pickle: TrustPickle = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing while at work.")] = False,
+    quiet: QuietAtWork = False,
     as_json: Json = False,
 ) -> None:
     """Compare a checkpoint with its base: perplexity, token KL, top-1 agreement, size, tokens per second."""
@@ -198,6 +200,7 @@ def demo(
         int | None, typer.Option(help="Calibration sequences. Default: 64; 16 without a GPU and AVX-512.")
     ] = None,
     max_seq_length: MaxSeqLength = 256,
+    quiet: Quiet = False,
 ) -> None:
     """Compress the embedded SmolLM2-135M-Instruct to int4 and compare it with the original. Needs no network."""
     from bitpress import tables
@@ -215,8 +218,10 @@ def demo(
     recipe = written_recipe("W4A16", None, 64, Method.gptq, None, None, None)
     compress(
         base, None, recipe, output_dir=target, num_calibration_samples=num_samples, max_seq_length=max_seq_length,
-        prompts=[PROMPT], progress=True, fresh=True,
+        prompts=[PROMPT], progress=not quiet, fresh=True,
     )  # fmt: skip
+    if quiet:
+        return
     out.print("comparing, on a text that was not used for calibration ...")
     out.print(tables.evaluation_table(run(base, target, windows=4, length=1024)))
     for said in json.loads((target / "report.json").read_text(encoding="utf-8"))["generations"]["answers"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,11 +23,25 @@ def print_json(value: Any) -> None:
         typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
+# names that the shell completes, said here once more: the tables of their rooms take seconds to import
+FORMATS = ("compressed-tensors", "gptq", "gptq_v2", "awq", "bitsandbytes", "dense", "gguf", "sparse-24")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def completing(*names: str) -> Callable[[str], list[str]]:
+    """For the shell: those of the names that begin as what is typed."""
+
+    def complete(begun: str) -> list[str]:
+        return [name for name in names if name.startswith(begun)]
+
+    return complete
+
+
 def complete_scheme(begun: str) -> list[str]:
     """For the shell: schemes that begin so."""
-    from bitpress.schemes import PRESETS
+    from bitpress.schemes import BLOCKWISE, PRESETS
 
-    return [name for name in PRESETS if name.startswith(begun)]
+    return completing(*PRESETS, *map(str.upper, BLOCKWISE))(begun)
 
 
 class EffortOption(StrEnum):
@@ -40,11 +55,6 @@ class EffortOption(StrEnum):
 class Method(StrEnum):
     gptq = "gptq"
     rtn = "rtn"
-
-
-def complete_device(begun: str) -> list[str]:
-    """For the shell: kinds of devices that begin so."""
-    return [name for name in ("auto", "cpu", "cuda", "cuda:0") if name.startswith(begun)]
 
 
 Model = Annotated[str, typer.Argument(help="Model folder or hub id.", show_default=False)]
@@ -78,13 +88,22 @@ OutputDir = Annotated[
     Path | None, typer.Option("--output", "-o", help="Where the checkpoint goes; needed.", show_default=False)
 ]
 Device = Annotated[
-    str, typer.Option(help="Where to compute: auto, cpu, cuda or cuda:N.", autocompletion=complete_device)
+    str,
+    typer.Option(
+        help="Where to compute: auto, cpu, cuda or cuda:N.",
+        autocompletion=completing("auto", "cpu", "cuda", "cuda:0"),
+    ),
 ]
 MaxMemory = Annotated[str | None, typer.Option(help="Memory limit of the device, such as 8GiB.")]
 BatchSize = Annotated[int | None, typer.Option(help="Sequences per forward. Default: by memory.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 FormatName = Annotated[
-    str, typer.Option("--format", help="How to store it: compressed-tensors, gptq, awq, dense, ... (see README).")
+    str,
+    typer.Option(
+        "--format",
+        help="How to store it: compressed-tensors, gptq, awq, dense, ... (see README).",
+        autocompletion=completing(*FORMATS),
+    ),
 ]
 Dense = Annotated[bool, typer.Option("--dense", help="Store dense weights beside their scales, not packed.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model or dataset brings.")]
@@ -92,7 +111,15 @@ TrustPickle = Annotated[bool, typer.Option("--trust-pickle", help="Read pickle w
 Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Read back and compare what is written.")]
 ModelDtype = Annotated[
     str | None,
-    typer.Option("--dtype", help="bfloat16, float16 or float32: what the model's weights are turned into first."),
+    typer.Option(
+        "--dtype",
+        help="bfloat16, float16 or float32: what the model's weights are turned into first.",
+        autocompletion=completing(*DTYPES),
+    ),
+]
+RunDtype = Annotated[
+    str,
+    typer.Option("--dtype", help="float32, bfloat16, float16 or auto.", autocompletion=completing("auto", *DTYPES)),
 ]
 Propagate = Annotated[
     bool | None,
@@ -106,6 +133,7 @@ Resume = Annotated[bool, typer.Option("--resume", help="Fail if there is nothing
 Fresh = Annotated[bool, typer.Option("--fresh", help="Delete what an earlier run left in OUTPUT.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
+QuietAtWork = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing while at work.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="Prompt that each answers; repeatable.")]
 Generate = Annotated[bool, typer.Option(help="Answer a prompt before and after, for the report, where memory allows.")]

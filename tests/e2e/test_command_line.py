@@ -10,11 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 
+import click
 import pytest
 import torch
+import typer
 
-from bitpress import NumericsError, __version__, cli, entry, environment
+from bitpress import NumericsError, __version__, cli, entry, environment, formats, harness, loading
 
 
 @pytest.fixture
@@ -138,3 +141,25 @@ def test_colours_and_completion():
     }
     assert start(**words).split() == ["W4A16", "W4A16_ASYM"]
     assert "run" in start(**{**words, "COMP_WORDS": "bitpress ru", "COMP_CWORD": "1"}).split()
+
+
+def test_values_are_completed_as_their_tables_have_them():
+    commands = typer.main.get_command(cli.app).commands
+
+    def completed(command, option, begun=""):
+        found = next(p for p in commands[command].params if option in p.opts)
+        return {item.value for item in found.shell_complete(click.Context(commands[command]), begun)}
+
+    for command in ("oneshot", "plan", "convert"):
+        assert completed(command, "--format") == set(formats.CHECKPOINTS)
+    assert completed("convert", "--format", "g") == {"gptq", "gptq_v2", "gguf"}
+    assert completed("oneshot", "--dtype") == set(import_module("bitpress.oneshot").DTYPES)
+    assert completed("eval", "--dtype") == completed("compare", "--dtype") == set(loading.DTYPES)
+    assert completed("lm-eval", "--backend") == set(harness.BACKENDS)
+    assert completed("plan", "--scheme", "NF") == {"NF4"} and completed("plan", "--scheme", "FP4") == {"FP4"}
+    assert completed("scan", "--device", "cu") == {"cuda", "cuda:0"}
+
+
+def test_every_command_that_says_something_at_work_can_be_quiet():
+    commands = typer.main.get_command(cli.app).commands
+    assert {n for n, c in commands.items() if not any("-q" in p.opts for p in c.params)} == {"env", "inspect"}

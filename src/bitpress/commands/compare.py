@@ -12,6 +12,8 @@ from bitpress.options import (
     Json,
     PromptFile,
     Prompts,
+    QuietAtWork,
+    RunDtype,
     Trust,
     TrustPickle,
     err,
@@ -32,12 +34,12 @@ def compare(
     text: Annotated[Path | None, typer.Option(help="Text file to judge on. Default: a built-in text.")] = None,
     windows: Annotated[int, typer.Option(help="Windows of text.")] = 8,
     length: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
+    dtype: RunDtype = "float32",
     device: Device = "auto",
     html: Annotated[Path | None, typer.Option(help="Also write a page to this file.")] = None,
     trust_remote_code: Trust = False,
     trust_pickle: TrustPickle = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing while at work.")] = False,
+    quiet: QuietAtWork = False,
     as_json: Json = False,
 ) -> None:
     """Hold several checkpoints against their base: size, load time, tokens/s, perplexity, KL, top-1, generations."""

@@ -7,14 +7,22 @@ from typing import Annotated
 
 import typer
 
-from bitpress.options import Fresh, Quiet, Trust, Verbose, Verify, out
+from bitpress.options import FORMATS, Fresh, Quiet, Trust, Verbose, Verify, completing, out
 from bitpress.progress import choose_progress
 
 
 def convert(
     source: Annotated[str, typer.Argument(help="A quantized checkpoint: folder or hub id.", show_default=False)],
     output: Annotated[Path, typer.Argument(help="Where the converted one goes.", show_default=False)],
-    format: Annotated[str, typer.Option("--format", help="The new format, as in oneshot.", show_default=False)],
+    format: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="The new format, as in oneshot.",
+            show_default=False,
+            autocompletion=completing(*FORMATS),
+        ),
+    ],
     verify: Verify = True,
     fresh: Fresh = False,
     trust_remote_code: Trust = False,

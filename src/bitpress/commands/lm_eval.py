@@ -7,9 +7,10 @@ from typing import Annotated
 import typer
 
 from bitpress.errors import ConfigError
-from bitpress.options import Quiet, err
+from bitpress.options import Quiet, completing, err
 
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
+Backend = Annotated[str, typer.Option(help="hf (transformers) or vllm.", autocompletion=completing("hf", "vllm"))]
 Bos = Annotated[
     bool | None,
     typer.Option("--add-bos-token/--no-add-bos-token", help="Begin-of-text token first. Default: the tokenizer's way."),
@@ -20,7 +21,7 @@ def lm_eval(
     context: typer.Context,
     checkpoint: Annotated[str, typer.Argument(help="A model folder or hub id, in any format.", show_default=False)],
     tasks: Annotated[str, typer.Option(help="Tasks of the harness, with commas between.", show_default=False)],
-    backend: Annotated[str, typer.Option(help="hf (transformers) or vllm.")] = "hf",
+    backend: Backend = "hf",
     model_args: Annotated[str, typer.Option(help="More arguments of the backend, key=value,key=value.")] = "",
     add_bos_token: Bos = None,
     quiet: Quiet = False,

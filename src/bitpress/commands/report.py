@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from bitpress.errors import ConfigError
-from bitpress.options import Device, PromptFile, Prompts, Trust, TrustPickle, out, read_prompts
+from bitpress.options import Device, PromptFile, Prompts, Quiet, Trust, TrustPickle, out, read_prompts
 
 
 def report(
@@ -19,6 +19,7 @@ def report(
     device: Device = "auto",
     trust_remote_code: Trust = False,
     trust_pickle: TrustPickle = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write report.html of a run anew; with --prompt also what the model answers before and after."""
     from bitpress import samples
@@ -36,4 +37,5 @@ def report(
         )
         if why:
             raise ConfigError(why)
-    out.print(f"page: {(folder / PAGE).resolve()}", highlight=False)
+    if not quiet:
+        out.print(f"page: {(folder / PAGE).resolve()}", highlight=False)

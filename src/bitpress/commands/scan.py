@@ -21,7 +21,7 @@ from bitpress.options import (
     Model,
     NumSamples,
     Pack,
-    Quiet,
+    QuietAtWork,
     Seed,
     Split,
     TextColumn,
@@ -69,7 +69,7 @@ def scan(
     trust_remote_code: Trust = False,
     trust_pickle: TrustPickle = False,
     verbose: Verbose = False,
-    quiet: Quiet = False,
+    quiet: QuietAtWork = False,
     as_json: Json = False,
 ) -> None:
     """Measure how sensitive each layer is, draw size against error, and suggest a recipe for a size or an error."""
