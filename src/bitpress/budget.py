@@ -174,7 +174,9 @@ def space_fault(output: Path, needed: int) -> str | None:
 
 
 def gib(n: int | float) -> str:
-    """Bytes for people: `1.25 GiB`, `93.4 MiB`."""
+    """Bytes of memory or disk for people: `1.25 GiB`, `93.4 MiB`, `1.5 KiB`."""
+    if 0 < n < 1 << 20:
+        return f"{n / (1 << 10):.1f} KiB"
     return f"{n / (1 << 30):.2f} GiB" if n >= 1 << 30 else f"{n / (1 << 20):.1f} MiB"
 
 

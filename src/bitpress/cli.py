@@ -32,6 +32,7 @@ from bitpress.options import (
     QuietAtWork,
     Resume,
     RunDtype,
+    TokenizerFolder,
     Trust,
     TrustPickle,
     Verbose,
@@ -146,6 +147,7 @@ def evaluate(
     windows: Annotated[int, typer.Option(help="Windows of text.")] = 8,
     length: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
     dtype: RunDtype = "float32",
+    tokenizer: TokenizerFolder = None,
     device: Device = "auto",
     trust_remote_code: Trust = False,
     trust_pickle: TrustPickle = False,
@@ -158,7 +160,8 @@ def evaluate(
 
     result = run(
         base, checkpoint, text=text, windows=windows, length=length, dtype=dtype, device=device,
-        trust_remote_code=trust_remote_code, trust_pickle=trust_pickle, on_window=None if quiet else _window,
+        tokenizer=tokenizer, trust_remote_code=trust_remote_code, trust_pickle=trust_pickle,
+        on_window=None if quiet else _window,
     )  # fmt: skip
     if as_json:
         print_json(result.to_dict())

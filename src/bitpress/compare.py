@@ -270,7 +270,8 @@ class _Work:
                 del other
                 _free()
         if first is None:
-            raise CheckpointError([f"{row.name}: {row.error}" for row in self.rows[1:]])
+            told = [(row, str(row.error)) for row in self.rows[1:]]  # most say themselves where
+            raise CheckpointError([e if e.startswith(f"{row.path}: ") else f"{row.name}: {e}" for row, e in told])
         self._add(0, perplexity=first.perplexities[0], tokens_per_second=first.speeds[0])
         return first
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from bitpress.errors import PlanError
+from bitpress.errors import PlanError, sized
 from bitpress.size_target import DENSE, FusionGroup, SizeTarget, explicit
 
 Errors = Mapping[str, Mapping[str, float]]  # of each group, by the label of its schemes
@@ -119,7 +119,7 @@ def suggest(
         asked, picks = f"at most {bits:g} bits per weight", best(target, errors, bits * target.weights)
     elif size is not None:
         bound = parse_bytes(size) or 0
-        asked, picks = f"at most {bound / 1e6:,.1f} MB", best(target, errors, 8 * (bound - rest))
+        asked, picks = f"at most {sized(bound)}", best(target, errors, 8 * (bound - rest))
     else:
         return None
     if picks is None:
@@ -141,7 +141,7 @@ def check_reach(target: SizeTarget, rest: int, bits: float | None, size: int | s
     if bits is not None and bits * target.weights < least:
         raise PlanError(f"at most {bits:g} bits per weight: {_out_of_reach(target, rest)}")
     if size is not None and 8 * ((bound := parse_bytes(size) or 0) - rest) < least:
-        raise PlanError(f"at most {bound / 1e6:,.1f} MB: {_out_of_reach(target, rest)}")
+        raise PlanError(f"at most {sized(bound)}: {_out_of_reach(target, rest)}")
 
 
 def _least(target: SizeTarget) -> int:
@@ -152,7 +152,7 @@ def _out_of_reach(target: SizeTarget, rest: int) -> str:
     least = _least(target)
     return (
         f"out of reach: the least is {least / target.weights:.3f} bits per weight, "
-        f"{(rest + least / 8) / 1e6:,.1f} MB with all that is not compressed"
+        f"{sized(rest + least / 8)} with all that is not compressed"
     )
 
 

@@ -99,6 +99,13 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
+def sized(count: float) -> str:
+    """Bytes for people: `93.4 MB`, `1.5 kB`."""
+    if 0 < count < 999_950:
+        return f"{count / 1e3:,.1f} kB"
+    return f"{count / 1e6:,.1f} MB" if count < 1e10 else f"{count / 1e9:,.1f} GB"
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A remedy for an unknown name: `" Did you mean 'W4A16'?"`, else the list of known names."""
     names = sorted(known)

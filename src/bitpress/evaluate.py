@@ -282,7 +282,7 @@ def _vocabulary(models: Sequence[Any], ids: Tensor, same: bool, notes: list[str]
         if not same:
             raise CheckpointError(
                 f"the base has a vocabulary of {sizes[0]} and the checkpoint of {sizes[1]}, and nothing says "
-                "that their tokenizer is the same; pass tokenizer= if it is"
+                "that their tokenizer is the same; if it is, name it: tokenizer=, or --tokenizer"
             )
         notes.append(f"vocabularies of {sizes[0]} and {sizes[1]}: the first {min(sizes)} entries are compared")
     return min(sizes)
@@ -317,7 +317,7 @@ def _measure(models: Sequence[Any], window: Tensor, vocabulary: int, sums: _Sums
         p, q = (part[start : start + rows, :vocabulary].to(on).float().log_softmax(-1) for part in logits)
         for who, log_probs in (("base", p), ("checkpoint", q)):
             if log_probs.isnan().any():
-                raise NumericsError(f"the {who} gives NaN logits; run it in float32, or look at its weights")
+                raise NumericsError(f"the {who} gives NaN logits: {_why_nan(models[who == 'checkpoint'])}")
         sums.agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
         target = window[start + 1 : start + 1 + rows, None]
         for i, log_probs in enumerate((p, q)):
@@ -326,6 +326,18 @@ def _measure(models: Sequence[Any], window: Tensor, vocabulary: int, sums: _Sums
         kl = (p.exp() * (p - q)).masked_fill_(p == -math.inf, 0.0).sum(-1)
         sums.kl.append(kl.cpu())
     sums.tokens += len(window) - 1
+
+
+def _why_nan(model: Any) -> str:
+    """Where the NaN comes from, and what to do."""
+    import torch
+
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not weight.is_meta and not weight.float().isfinite().all():
+            return f"its {name} holds NaN or infinity, so the checkpoint is damaged: download or write it again"
+    if {p.dtype for p in model.parameters()} & {torch.bfloat16, torch.float16}:
+        return "its weights are finite, so products overflow in its dtype: run it in float32"
+    return "its weights are finite, also in float32, so products overflow: download or write it again"
 
 
 def _perplexity(nll: float, tokens: int) -> float:

@@ -6,19 +6,20 @@ import inspect
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitpress.devices import pick_device
-from bitpress.errors import CheckpointError, ConfigError, did_you_mean
+from bitpress.errors import CheckpointError, ConfigError, counted, did_you_mean
 from bitpress.inspection import UNFINISHED, Inspection, inspect_checkpoint, read_config
 
 if TYPE_CHECKING:
     from torch import nn
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 def load_model(
@@ -99,28 +100,37 @@ def load_checkpoint(found: Inspection, dtype: str, device: str, trust: bool, not
     try:
         with _quiet(reports=own):
             model, info = AutoModelForCausalLM.from_pretrained(
-                folder, trust_remote_code=trust, output_loading_info=True, **options
-            )
+                folder, trust_remote_code=trust, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )  # so that mismatches are told, below
     except (OSError, ValueError, ImportError, RuntimeError, LookupError, AttributeError) as error:
         if own:
             return _reloaded(found, options["dtype"], on, trust, notes)
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         remedy = "; with the model's own config.json beside the file bitpress reads it itself" if gguf_file else ""
         raise CheckpointError(f"{found.path}: transformers cannot load it: {first}{remedy}") from error
-    lacking = [*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])]
-    if lacking and own:
+    if own and (info["missing_keys"] or info["mismatched_keys"]):
         return _reloaded(found, options["dtype"], on, trust, notes)
-    if lacking:
-        some = ", ".join(sorted(map(str, lacking))[:5])
-        raise CheckpointError(
-            f"{found.path}: {len(lacking)} weights of the model are missing or of another shape ({some}); "
-            "download or write it again"
-        )
+    _check_whole(found.path, info)
     if found.method == "compressed-tensors":
         with _quiet(reports=False):
             _decompress(model)
         _cast(model, options["dtype"])
     return model.eval()
+
+
+def _check_whole(path: str, info: Mapping[str, Any]) -> None:
+    """CheckpointError if transformers has filled in what the files lack, or hold in another shape."""
+    lacking, odd = sorted(map(str, info["missing_keys"])), sorted(info["mismatched_keys"])
+    what = [f"{counted(len(lacking), 'weight')} missing from its files ({', '.join(lacking[:5])})"] if lacking else []
+    if odd:
+        some = ", ".join(f"{name} is {_by(held)}, by its config.json {_by(meant)}" for name, held, meant in odd[:5])
+        what.append(f"{counted(len(odd), 'weight')} of another shape ({some})")
+    if what:
+        raise CheckpointError(f"{path}: {' and '.join(what)}; download or write it again")
+
+
+def _by(shape: Iterable[int]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def _own_loader(folder: Path) -> bool:
@@ -289,7 +299,7 @@ def tokenizers_of(given: Any, found: list[Inspection | None], trust: bool) -> tu
         raise ConfigError("tokenizer: a model in memory brings none; pass tokenizer=")
     tokenizer = _load_tokenizer(*_place(base), trust)
     # the tokenizer that GGUF holds spells the same entries in its own way
-    if checkpoint is None or checkpoint.method == "gguf" or not _has_tokenizer(checkpoint):
+    if checkpoint is None or checkpoint.method == "gguf" or not _has_tokenizer(Path(checkpoint.path)):
         return tokenizer, False
     if checkpoint.path != base.path:
         other = _load_tokenizer(*_place(checkpoint), trust)
@@ -308,9 +318,13 @@ def _load_tokenizer(folder: str, gguf_file: str | None, trust: bool) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust, **options)
     except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder}: its tokenizer cannot be loaded ({error}); pass tokenizer=") from error
+        there = gguf_file is not None or not Path(folder).is_dir() or _has_tokenizer(Path(folder))
+        why = " ".join(str(error).split()) if there else f"it holds none of {', '.join(TOKENIZERS)}"
+        raise CheckpointError(
+            f"{folder}: its tokenizer cannot be loaded ({why}); copy the tokenizer's files into the folder, or name "
+            "another's: tokenizer=, or --tokenizer of eval and compare"
+        ) from error
 
 
-def _has_tokenizer(found: Inspection) -> bool:
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-    return any((Path(found.path) / name).is_file() for name in names)
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZERS)

@@ -129,6 +129,9 @@ Propagate = Annotated[
         show_default=False,
     ),
 ]
+TokenizerFolder = Annotated[
+    str | None, typer.Option("--tokenizer", help="Folder or hub id of a tokenizer for all. Default: the base's.")
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Fail if there is nothing to go on from.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Delete what an earlier run left in OUTPUT.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")]

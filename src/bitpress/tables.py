@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from bitpress.errors import counted
+from bitpress.errors import counted, sized
 
 if TYPE_CHECKING:
     from bitpress.compare import Compared, Comparison
@@ -36,7 +36,7 @@ def evaluation_table(result: Evaluation) -> Table:
     table.add_row("KL to base, 99 % (nats)", "", f"{result.kl_p99:.5f}", "")
     table.add_row("same top token", "", f"{result.top1:.2%}", "")
     sizes = result.base_bytes, result.bytes
-    table.add_row("size", *map(size, sizes), _change(*sizes))
+    table.add_row("size", *map(sized, sizes), _change(*sizes))
     speeds = result.base_tokens_per_second, result.tokens_per_second
     table.add_row("forward (tokens/s)", *(f"{speed:,.0f}" for speed in speeds), _change(*speeds))
     return table
@@ -78,7 +78,7 @@ BESIDE = 3  # checkpoints in a table, beside their base
 # what a comparison says of each model, for the terminal and the page
 COMPARED: dict[str, Callable[[Compared], str]] = {
     "kind": lambda m: m.kind.replace(", ", "\n"),
-    "size": lambda m: "" if m.bytes is None else size(m.bytes),
+    "size": lambda m: "" if m.bytes is None else sized(m.bytes),
     "bits/weight": lambda m: _or(m.bits_per_weight, ".3f"),
     "bits/parameter": lambda m: _or(m.bits_per_parameter, ".2f"),
     "load (s)": lambda m: _or(m.load_seconds, ".2f"),
@@ -116,7 +116,7 @@ def scan_table(scan: Scan, *, whole: bool) -> RenderableType:
     if (made := scan.suggestion) is not None:
         schemes = ", ".join(f"{n / sum(made.schemes.values()):.0%} {s}" for s, n in made.schemes.items())
         point = (
-            f"{made.point.bits_per_weight:.3f} bits per weight, {size(made.point.bytes)}, error {made.point.error:.4g}"
+            f"{made.point.bits_per_weight:.3f} bits per weight, {sized(made.point.bytes)}, error {made.point.error:.4g}"
         )
         parts.append(Text(f"suggested for {made.asked}: {point}; {schemes}"))
     return Group(*parts, *(Text(f"note: {note}") for note in scan.notes))
@@ -158,17 +158,17 @@ def plan_table(plan: Plan, limit: int | None) -> RenderableType:
         bits = "" if sites[0].name in surveyed else f"{bits_per_weight(sites[0]):.3f}"
         table.add_row(Text(name), method, scheme, str(len(sites)), shape, bits)
     cost = Table.grid(padding=(0, 2))
-    exact = f"{size(plan.output_bytes)} ({plan.output_bytes:,} bytes of weights, exact)"
+    exact = f"{sized(plan.output_bytes)} ({plan.output_bytes:,} bytes of weights, exact)"
     if (target := plan.target) is not None:
         low, high = (sum(f(g.sizes.values()) for g in target.groups) / target.weights for f in (min, max))
-        exact = f"about {size(plan.output_bytes)} at most: exact once the survey has chosen"
+        exact = f"about {sized(plan.output_bytes)} at most: exact once the survey has chosen"
         many = f"{target.bits:g} bits per weight, for {len(target.groups)} groups of linears that share a scheme"
         cost.add_row("size target", f"{many}; possible: {low:.3f} to {high:.3f}")
         cost.add_row("chosen from", Text(", ".join(target.choices)))
     cost.add_row("output", exact)
-    cost.add_row("host memory", f"about {size(plan.host_bytes)}")
+    cost.add_row("host memory", f"about {sized(plan.host_bytes)}")
     if plan.device_bytes:
-        cost.add_row("device memory", f"about {size(plan.device_bytes)}")
+        cost.add_row("device memory", f"about {sized(plan.device_bytes)}")
     if plan.masked:
         cost.add_row("zeros kept", f"while training, in {counted(len(plan.masked), 'linear')}")
     cost.add_row("calibration data", "; ".join(plan.reads) or "not needed: no forward pass")
@@ -199,14 +199,14 @@ def report_table(report: Mapping[str, Any], limit: int | None) -> RenderableType
         table.add_row(Text(name), method, scheme, *count, mean, f"{max(errors):.3%}", bits)
     totals = report["totals"]
     facts = Table.grid(padding=(0, 2))
-    facts.add_row("weights written", size(totals["output_bytes"]))
+    facts.add_row("weights written", sized(totals["output_bytes"]))
     if "bits_per_weight" in totals:
         left = f", {totals['left_dense']} left dense counted" if "left_dense" in totals else ""
         facts.add_row("bits per weight", f"{totals['bits_per_weight']:.3f} on average{left}")
     facts.add_row("time", f"{totals['seconds']:.1f} s")
-    facts.add_row("peak memory", f"{size(totals['peak_host_bytes'])} host")
+    facts.add_row("peak memory", f"{sized(totals['peak_host_bytes'])} host")
     if totals["peak_device_bytes"]:
-        facts.add_row("", f"{size(totals['peak_device_bytes'])} device")
+        facts.add_row("", f"{sized(totals['peak_device_bytes'])} device")
     if totals.get("policies"):
         facts.add_row(
             "policy",
@@ -218,7 +218,7 @@ def report_table(report: Mapping[str, Any], limit: int | None) -> RenderableType
 def _facts(inspection: Inspection) -> Table:
     method = inspection.method + (f" ({inspection.format})" if inspection.format else "")
     model = [*inspection.architectures[:1], inspection.model_type, inspection.dtype]
-    stored = f"{size(inspection.bytes)} in {counted(inspection.shards, 'file')}"
+    stored = f"{sized(inspection.bytes)} in {counted(inspection.shards, 'file')}"
     if inspection.bits_per_parameter is not None:
         stored += f", {inspection.parameters:,} parameters, {inspection.bits_per_parameter:.2f} bits per parameter"
     rows = {
@@ -233,7 +233,7 @@ def _facts(inspection: Inspection) -> Table:
     }
     if inspection.bits_per_weight is not None:
         rows["quantized"] = (
-            f"{counted(len(inspection.layers), 'linear')}, {size(inspection.quantized_bytes)}, "
+            f"{counted(len(inspection.layers), 'linear')}, {sized(inspection.quantized_bytes)}, "
             f"{inspection.bits_per_weight:.3f} bits per weight"
         )
     table = Table.grid(padding=(0, 2))
@@ -276,11 +276,6 @@ def _name_table(first: str, *others: str) -> Table:
     for name in others:
         table.add_column(name)
     return table
-
-
-def size(count: float) -> str:
-    """Bytes for people: `93.4 MB`."""
-    return f"{count / 1e6:,.1f} MB" if count < 1e10 else f"{count / 1e9:,.1f} GB"
 
 
 def _change(before: float, after: float) -> str:

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from bitpress import CheckpointError, ConfigError, PlanError, compare, evaluate, oneshot
@@ -18,7 +19,7 @@ from bitpress.cli import app
 from bitpress.evaluate import generate, load_model
 from bitpress.tables import comparison_table
 from conftest import build, save
-from helpers import make_tokenizer
+from helpers import make_tokenizer, tensors
 
 PROMPTS = ["w1 w2 w3", "w4 <b>&"]
 TEXT = " ".join(f"w{(i * 37) % 90}" for i in range(90))
@@ -130,6 +131,42 @@ def test_what_cannot_be_loaded_keeps_its_place(place, tmp_path):
     assert "1 window of 20 tokens" in page.read_text() and 'id="failed"' in page.read_text()
     for name in ("broken", *(file.name for file in files.values())):
         assert f"failed: {name}: " in done.stdout and f"<li>{name}: " in page.read_text()
+
+
+def changed(source, folder, change):
+    """A copy whose first down_proj is changed."""
+    name = "model.layers.0.mlp.down_proj.weight"
+    shutil.copytree(source, folder)
+    held = tensors(folder)
+    save_file({**held, name: change(held[name]).contiguous()}, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_a_damaged_weight_is_named(place, tmp_path):
+    cut = changed(place / "base", tmp_path / "cut", lambda w: w[:16])
+    with pytest.raises(CheckpointError, match=r"proj.weight is 16 x 64, by its config.json 32 x 64") as caught:
+        compare(place / "base", cut, **KEYS)
+    assert str(caught.value).startswith(f"{cut}: 1 weight of another shape (model.layers.0.mlp.down_proj")
+    nan = changed(place / "base", tmp_path / "nan", lambda w: w * torch.nan)
+    large = changed(place / "base", tmp_path / "large", lambda w: w.new_full(w.shape, 3e38))
+    for folder, dtype, why in (
+        (nan, "float32", "its model.layers.0.mlp.down_proj.weight holds NaN"),
+        (nan, "bfloat16", "holds NaN"),
+        (large, "bfloat16", "its weights are finite, so products overflow in its dtype: run it in float32"),
+        (large, "float32", "its weights are finite, also in float32"),
+    ):
+        with pytest.raises(CheckpointError, match=f"gives NaN logits: .*{why}"):
+            compare(place / "base", folder, dtype=dtype, **KEYS)
+
+
+def test_a_base_without_a_tokenizer_takes_one_by_name(place, tmp_path):
+    save(build("llama", torch.bfloat16), tmp_path / "bare")
+    for command in ("compare", "eval"):
+        words = [command, str(tmp_path / "bare"), str(place / "int4"), "--windows", "1", "--length", "20", "-q"]
+        done = CliRunner().invoke(app, words)
+        assert "holds none of tokenizer.json" in str(done.exception) and "--tokenizer of eval" in str(done.exception)
+        done = CliRunner().invoke(app, [*words, "--tokenizer", str(place / "base")])
+        assert done.exit_code == 0, done.exception
 
 
 def broken_files(place, tmp_path):

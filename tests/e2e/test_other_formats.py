@@ -139,7 +139,7 @@ def test_what_bitsandbytes_is_not_for(base, tmp_path):
     pytest.importorskip("bitsandbytes")
     out = oneshot(base, None, scheme="NF4", group_size=128, output_dir=tmp_path / "out").folder
     assert {x.group_size for x in inspect_checkpoint(out).layers} == {128}
-    with pytest.raises(PlanError, match="holds NF4 and FP4 only, not int4"):
+    with pytest.raises(PlanError, match="holds NF4 and FP4 only, not int4: use --scheme NF4"):
         oneshot(base, None, rtn("W4A16"), output_dir=tmp_path / "x", format="bitsandbytes")
     with pytest.raises(PlanError, match="NF4 and FP4 are in no other format"):
         convert(out, tmp_path / "x", format="compressed-tensors")

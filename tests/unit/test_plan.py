@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bitpress.budget import gib, parse_bytes
-from bitpress.errors import ConfigError
+from bitpress.errors import ConfigError, sized
 from bitpress.modifiers.quantization import SchemeGroup
 from bitpress.schemes import QuantArgs, Scheme, preset
 from bitpress.sites import Site, Step, bits_per_weight, near_divisors
@@ -56,7 +56,8 @@ def test_bytes_for_people():
     assert gib(5 << 28) == "1.25 GiB"
     assert gib((1 << 30) - (1 << 20)) == "1023.0 MiB"
     assert gib(93.4 * (1 << 20)) == "93.4 MiB"
-    assert gib(0) == "0.0 MiB"
+    assert gib(0) == "0.0 MiB" and gib(1500) == "1.5 KiB"
+    assert [sized(n) for n in (0, 940, 93_400, 999_999)] == ["0.0 MB", "0.9 kB", "93.4 kB", "1.0 MB"]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from bitpress.options import (
     Prompts,
     QuietAtWork,
     RunDtype,
+    TokenizerFolder,
     Trust,
     TrustPickle,
     err,
@@ -35,6 +36,7 @@ def compare(
     windows: Annotated[int, typer.Option(help="Windows of text.")] = 8,
     length: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
     dtype: RunDtype = "float32",
+    tokenizer: TokenizerFolder = None,
     device: Device = "auto",
     html: Annotated[Path | None, typer.Option(help="Also write a page to this file.")] = None,
     trust_remote_code: Trust = False,
@@ -48,7 +50,7 @@ def compare(
 
     result = run(
         base, *checkpoints, prompts=[*(prompt or ()), *read_prompts(prompts)], max_new_tokens=max_new_tokens,
-        text=text, windows=windows, length=length, dtype=dtype, device=device,
+        text=text, windows=windows, length=length, dtype=dtype, device=device, tokenizer=tokenizer,
         trust_remote_code=trust_remote_code, trust_pickle=trust_pickle, html=html,
         on_step=None if quiet else lambda step: err.print(step, highlight=False, markup=False),
     )  # fmt: skip

@@ -37,7 +37,8 @@ class BitsAndBytes(CheckpointFormat):
 
     def refusal(self, scheme: Scheme, actorder: str | None) -> str | None:
         if scheme.weights.type not in BLOCKWISE:
-            return f"holds NF4 and FP4 only, not {kind_of(scheme.weights)}"
+            kind = kind_of(scheme.weights)
+            return f"holds NF4 and FP4 only, not {kind}: use --scheme NF4 (BitsAndBytesModifier), or another format"
         return None
 
     def unfit(self, config: Any, folder: Path | None, dtype: torch.dtype, quantized: bool) -> list[str]:

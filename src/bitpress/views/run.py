@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from bitpress.errors import counted
+from bitpress.errors import counted, sized
 from bitpress.progress import clock
-from bitpress.tables import size
 from bitpress.views.charts import curve_svg
 from bitpress.views.page import (
     Cell,
@@ -90,16 +89,16 @@ def _percent(share: float) -> str:
 
 def _facts(report: Mapping[str, Any]) -> dict[str, str]:
     totals, data = report["totals"], report.get("data")
-    found = {"linears": f"{totals['layers']:,}", "weights written": size(totals["output_bytes"])}
+    found = {"linears": f"{totals['layers']:,}", "weights written": sized(totals["output_bytes"])}
     if "bits_per_weight" in totals:
         found["bits per weight, on average"] = f"{totals['bits_per_weight']:.3f}"
         if totals["mean_rel_error"] > 0:
             found[f"{_lost(report['layers'])}, on average"] = _percent(totals["mean_rel_error"])
         found["zeros"] = _percent(totals["sparsity"])
     found["time"] = clock(totals["seconds"])
-    found["peak host memory"] = size(totals["peak_host_bytes"])
+    found["peak host memory"] = sized(totals["peak_host_bytes"])
     if totals["peak_device_bytes"]:
-        found["peak device memory"] = size(totals["peak_device_bytes"])
+        found["peak device memory"] = sized(totals["peak_device_bytes"])
     if data:
         found["calibration tokens"] = f"{data['tokens']:,}"
     return found
@@ -249,9 +248,9 @@ def _phases(totals: Mapping[str, Any]) -> list[str]:
     lines: list[list[str | Cell]] = []
     for phase, seconds in [*spent.items(), ("other", other)]:
         peak = peaks.get(phase)
-        sizes = [] if peak is None else [size(peak["host"]), *([size(peak["device"])] if device else [])]
+        sizes = [] if peak is None else [sized(peak["host"]), *([sized(peak["device"])] if device else [])]
         lines.append([phase, Cell(f"{seconds:.1f} s", seconds / whole), f"{seconds / whole:.0%}", *sizes])
-    totalled = [size(totals["peak_host_bytes"]), *([size(totals["peak_device_bytes"])] if device else [])]
+    totalled = [sized(totals["peak_host_bytes"]), *([sized(totals["peak_device_bytes"])] if device else [])]
     lines.append(["whole run", f"{totals['seconds']:.1f} s", "100%", *totalled])
     head = ["phase", "time", "share", "host memory", *(["device memory"] if device else [])]
     about = "Peaks. A phase in which the process reached no new peak shows its size at the phase's ends."

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import PurePath
 from statistics import fmean
 
+from bitpress.errors import sized
 from bitpress.scan import COLUMNS, Layer, Scan
-from bitpress.tables import size
 from bitpress.views.charts import curve_svg
 from bitpress.views.page import Cell, Html, bullets, code, folded, page, paragraph, section, table, versions
 from bitpress.views.run import place_of
@@ -53,9 +53,9 @@ def scan_page(scan: Scan) -> str:
 
 
 def _points(scan: Scan) -> Html:
-    rows = [[f"{c} bits everywhere" if c.isdigit() else f"{c} everywhere", f"{p.bits_per_weight:.3f}", size(p.bytes),
+    rows = [[f"{c} bits everywhere" if c.isdigit() else f"{c} everywhere", f"{p.bits_per_weight:.3f}", sized(p.bytes),
              f"{p.error:.4g}"] for c, p in scan.uniform.items()]  # fmt: skip
-    mixed = [[f"mixture {i + 1}", f"{p.bits_per_weight:.3f}", size(p.bytes), f"{p.error:.4g}"]
+    mixed = [[f"mixture {i + 1}", f"{p.bits_per_weight:.3f}", sized(p.bytes), f"{p.error:.4g}"]
              for i, p in enumerate(scan.curve)]  # fmt: skip
     head = ("", "bits/weight", "checkpoint", "error")
     return Html(table(head, rows) + folded("Points of the curve", table(head, mixed)))
@@ -69,7 +69,7 @@ def _suggestion(scan: Scan) -> list[str]:
     schemes = sorted(found.schemes.items(), key=lambda item: -item[1])
     return [
         paragraph(
-            f"For {found.asked}: {found.point.bits_per_weight:.3f} bits per weight, {size(found.point.bytes)}, "
+            f"For {found.asked}: {found.point.bits_per_weight:.3f} bits per weight, {sized(found.point.bytes)}, "
             f"predicted error {found.point.error:.4g}."
         ),
         table(("scheme", "of the weights"), ((s, Cell(f"{n / whole:.1%}", n / whole)) for s, n in schemes)),
