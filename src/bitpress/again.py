@@ -52,17 +52,28 @@ def again(args: Arguments, recipe: Path | None) -> str:
     Args:
         recipe: where the run's recipe is; None of a model in memory that is not saved.
     """
+    line = (
+        None
+        if recipe is None or args.output_dir is None
+        else command(args, recipe, f"{args.output_dir.absolute()}-again")
+    )
+    return _call(args, _given(args), recipe) if line is None else line
+
+
+def command(args: Arguments, recipe: Path, output: str) -> str | None:
+    """A command that runs a recipe with the options of these arguments; None where only Python can give them."""
     given = _given(args)
     trained = _training(args) if args.verb != "oneshot" else []
     plain = all(_is_plain(name, value) for name, value in given.items()) and isinstance(args.model, str | os.PathLike)
-    if recipe is None or args.output_dir is None or not plain or trained is None:
-        return _call(args, given, recipe)
+    if not plain or trained is None:
+        return None
     words = [*_launcher(), "bitpress", args.verb, _text("model", args.model), "--recipe", str(recipe)]
     for name, value in given.items():
-        words += _words(name, value, args.verb)
+        if name not in FLAGS or FLAGS[name][1] not in words:
+            words += _words(name, value, args.verb)
     if args.verb == "apply" and args.stage is not None:
         words += ["--stage", args.stage]
-    return shlex.join([*words, *trained, "--output", f"{args.output_dir.absolute()}-again"])
+    return shlex.join([*words, *trained, "--output", output])
 
 
 def _launcher() -> list[str]:

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -221,7 +222,7 @@ def target_of(ready: Prepared, group_size: int | None) -> tuple[SizeTarget, list
     """The groups of linears with a scheme of each width, full precision and 2:4, and what does not fit.
 
     Raises:
-        PlanError: a group that no width fits.
+        PlanError: a group that no width fits, or a group size that fits no linear.
     """
     from bitpress.modifiers.pruning import SparseGPTModifier
 
@@ -231,8 +232,9 @@ def target_of(ready: Prepared, group_size: int | None) -> tuple[SizeTarget, list
     ours = replace(modifier, scheme=None, group_size=None, bits=4.0)  # the recipe's modifier, its schemes to come
     pruning = SparseGPTModifier(mask_structure=PRUNED)
     choices = {DENSE: Choice(DENSE, None), PRUNED: Choice(PRUNED, None, pruning)}
-    groups, notes = [], []
-    for name, sites in fusion_groups(ready.plan.sites).items():
+    together = fusion_groups(ready.plan.sites)
+    groups, notes = [], _elsewhere(together, group_size)
+    for name, sites in together.items():
         sizes: dict[str, int] = {}
         for width in WIDTHS:
             found = _fitting(ours, sites, width, group_size)
@@ -249,6 +251,20 @@ def target_of(ready: Prepared, group_size: int | None) -> tuple[SizeTarget, list
             sizes[PRUNED] = sizes[DENSE]  # zeros are stored
         groups.append(FusionGroup(name, tuple(sites), sizes))
     return SizeTarget(4.0, ours, choices, tuple(groups)), notes
+
+
+def _elsewhere(together: Mapping[str, Sequence[Site]], size: int | None) -> list[str]:
+    """Notes on linears that a group size does not fit; PlanError if no group could take it."""
+    from bitpress.sites import brief, shape_faults
+
+    if size is None:
+        return []
+    sites = [s for mine in together.values() for s in mine]
+    alike, scheme = math.gcd(*(s.columns for s in sites)), preset("W4A16", size)
+    faults = brief([f"{s.name}: {fault}" for s in sites for fault in shape_faults(s, scheme, alike)])
+    if all(any(s.columns % size for s in mine) for mine in together.values()):
+        raise PlanError(faults)
+    return [f"{fault}; what fits of 128, 64, 32 and a row is taken there" for fault in faults]
 
 
 def _fitting(

@@ -313,7 +313,7 @@ def misfits(sites: Sequence[Site], subject: Subject) -> list[str]:
         if site.scheme is not None:
             # a size that the next linear refuses is no help
             alike = math.gcd(*(s.columns for s in sites if s.group is site.group))
-            found += [f"{site.name}: {fault}" for fault in _shape_faults(site, site.scheme, alike)]
+            found += [f"{site.name}: {fault}" for fault in shape_faults(site, site.scheme, alike)]
         for modifier in (s.modifier for s in site.steps):
             unit = modifier.group_columns() if isinstance(modifier, PruningModifier) else 1
             if site.columns % unit:
@@ -335,10 +335,10 @@ def fits(site: Site, scheme: Scheme) -> bool:
     """Whether a scheme's groups and blocks divide the weight, and the checkpoint format holds it."""
     form = formats.CHECKPOINTS[site.stored]
     held = form.refusal(scheme, None) is None and form.misfit(scheme, site.rows, site.columns) is None
-    return held and not _shape_faults(site, scheme, site.columns)
+    return held and not shape_faults(site, scheme, site.columns)
 
 
-def _shape_faults(site: Site, scheme: Scheme, alike: int) -> list[str]:
+def shape_faults(site: Site, scheme: Scheme, alike: int) -> list[str]:
     """Groups and blocks that do not divide the weight; `alike`: what divides the columns of all with this scheme."""
     args, inputs = scheme.weights, scheme.input_activations
     size = None if args.type in BLOCKWISE else args.group_size  # their blocks run over the ends of rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import sys
 
@@ -200,6 +201,39 @@ def test_the_command(base, tmp_path):
     done = CliRunner().invoke(app, [*words, "--json"])
     data = json.loads(done.stdout)
     assert len(data["layers"]) == 8 and data["suggestion"] is None and data["curve"]
+
+
+def test_the_command_it_prints_runs_the_recipe_on_the_same_data(base, tmp_path, monkeypatch):
+    (tmp_path / "my rows.jsonl").write_text("\n".join(json.dumps({"body": "w1 w2 w3 w4 " * 9}) for _ in range(6)))
+    monkeypatch.chdir(tmp_path)
+    words = ["--dataset", "my rows.jsonl", "--text-column", "body", "--no-pack", "--num-samples", "4",
+             "--max-seq-length", "24", "--batch-size", "2", "--seed", "7", "--trust-remote-code"]  # fmt: skip
+    asked = ["--measure", "gram", "--bits", "4.3", "-q", "-o", "a scan"]
+    done = CliRunner().invoke(app, ["scan", str(base), *words, *asked])
+    assert done.exit_code == 0, done.exception
+    monkeypatch.chdir("/")  # it can be pasted anywhere
+    name, *line = shlex.split(done.stdout.splitlines()[-1])
+    assert name == "bitpress" and line.count("--trust-remote-code") == 1 and line[-2:] == ["--output", "OUT"]
+    done = CliRunner().invoke(app, [*line[:-1], str(tmp_path / "out"), "-q", "--no-generate"])
+    assert done.exit_code == 0, done.exception
+    report, scanned = (json.loads((tmp_path / f).read_text()) for f in ("out/report.json", "a scan/scan.json"))
+    assert (
+        report["data"]["fingerprint"] == scanned["data"]["fingerprint"]
+        and report["seed"] == 7
+        and report["data"]["sequences"] == 4
+    )
+
+
+def test_a_group_size_that_does_not_fit_is_told(base, monkeypatch):
+    found = scan(base, ROWS, measure="gram", group_size=128, **OPTIONS)  # fits down_proj alone
+    assert {x.schemes["4"] for x in found.layers if "down" in x.name} == {"W4A16 g128"}
+    (note,) = found.notes
+    assert "q_proj: 64 input columns are not divisible by group_size 128 (try 16, 32, 64)" in note
+    assert "[and 11 more linears]; what fits of 128, 64, 32 and a row is taken there" in note
+    monkeypatch.setattr(sys.modules["bitpress.scan"], "_measured", lambda *a, **k: pytest.fail("measured"))
+    for size in (7, 48):
+        with pytest.raises(PlanError, match=f"q_proj: 64 input columns are not divisible by group_size {size} .try"):
+            scan(base, ROWS, group_size=size, **OPTIONS)
 
 
 def test_what_is_out_of_reach_is_told_before_anything_is_measured(base, monkeypatch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -74,15 +74,21 @@ def scan(
 ) -> None:
     """Measure how sensitive each layer is, draw size against error, and suggest a recipe for a size or an error."""
     from bitpress import tables
+    from bitpress.again import command
+    from bitpress.oneshot import Arguments
     from bitpress.scan import PAGE
     from bitpress.scan import scan as run
 
+    given: dict[str, Any] = {
+        "model": model, "dataset": dataset, "splits": split, "dataset_config_name": dataset_config,
+        "text_column": text_column, "num_calibration_samples": num_samples, "max_seq_length": max_seq_length,
+        "concatenate_data": pack, "device": device, "max_memory": max_memory, "batch_size": batch_size, "seed": seed,
+        "trust_remote_code_model": trust_remote_code, "trust_remote_code_data": trust_remote_code,
+        "trust_pickle": trust_pickle,
+    }  # fmt: skip
     found = run(
-        model, dataset, measure=measure.value, bits=bits, size=size, error=error, group_size=group_size,
-        ignore=ignore or "lm_head", output_dir=output, fresh=fresh, splits=split, dataset_config_name=dataset_config,
-        text_column=text_column, num_calibration_samples=num_samples, max_seq_length=max_seq_length,
-        concatenate_data=pack, device=device, max_memory=max_memory, batch_size=batch_size, seed=seed,
-        trust_remote_code_model=trust_remote_code, trust_remote_code_data=trust_remote_code, trust_pickle=trust_pickle,
+        **given, measure=measure.value, bits=bits, size=size, error=error, group_size=group_size,
+        ignore=ignore or "lm_head", output_dir=output, fresh=fresh,
         progress=choose_progress(not quiet, verbose=verbose),
     )  # fmt: skip
     if as_json:
@@ -95,5 +101,5 @@ def scan(
         if output is None:
             out.print(found.suggestion.recipe, markup=False, highlight=False)
         else:
-            recipe = (output / "recipe.yaml").resolve()
-            out.print(f"bitpress oneshot {model} --recipe {recipe} --output OUT", highlight=False, markup=False)
+            line = command(Arguments(**given, recipe=None), (output / "recipe.yaml").resolve(), "OUT")
+            out.print(line, highlight=False, markup=False)

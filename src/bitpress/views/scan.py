@@ -74,7 +74,11 @@ def _suggestion(scan: Scan) -> list[str]:
         ),
         table(("scheme", "of the weights"), ((s, Cell(f"{n / whole:.1%}", n / whole)) for s, n in schemes)),
         folded("recipe.yaml", code(found.recipe)),
-        paragraph("`bitpress oneshot MODEL --recipe recipe.yaml --output OUT` runs it as it is.", dim=True),
+        paragraph(
+            "`bitpress oneshot MODEL --recipe recipe.yaml --output OUT` runs it as it is; give it the data of this "
+            "scan too: `--dataset`, `--num-samples`, `--max-seq-length`.",
+            dim=True,
+        ),
     ]
 
 
