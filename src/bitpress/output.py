@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -246,9 +247,19 @@ class Output:
 def read_site(
     file_of: Callable[[str], Path], site: Site, *, compressed: bool, device: torch.device | str = "cpu"
 ) -> Solved:
-    """A solved linear from the files that hold its tensors, packed or dense beside its scales."""
-    names = {f"{site.name}.{suffix}": suffix for suffix in stored_spec(site, compressed=compressed)}
+    """A solved linear from the files that hold its tensors, packed or dense beside its scales.
+
+    Raises:
+        CheckpointError: a tensor of another size than the linear has.
+    """
+    spec = stored_spec(site, compressed=compressed)
+    names = {f"{site.name}.{suffix}": suffix for suffix in spec}
     tensors = read_tensors(((name, file_of(name)) for name in names), device)
+    for name, suffix in names.items():
+        held, meant = tensors[name].shape, spec[suffix][1]
+        if held.numel() != math.prod(meant):
+            shapes = (" x ".join(map(str, shape)) or "one number" for shape in (held, meant))
+            raise CheckpointError(f"{name}: holds {' in place of '.join(shapes)}: download or write it again")
     parts = {suffix: tensors[name] for name, suffix in names.items()}
     scheme = site.scheme
     if scheme is None and "positions" in parts:

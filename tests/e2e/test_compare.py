@@ -11,10 +11,10 @@ from dataclasses import replace
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from bitpress import CheckpointError, ConfigError, PlanError, compare, evaluate, oneshot
+from bitpress import CheckpointError, ConfigError, PlanError, compare, convert, evaluate, oneshot
 from bitpress.cli import app
 from bitpress.evaluate import generate, load_model
 from bitpress.tables import comparison_table
@@ -147,6 +147,17 @@ def test_a_damaged_weight_is_named(place, tmp_path):
     with pytest.raises(CheckpointError, match=r"proj.weight is 16 x 64, by its config.json 32 x 64") as caught:
         compare(place / "base", cut, **KEYS)
     assert str(caught.value).startswith(f"{cut}: 1 weight of another shape (model.layers.0.mlp.down_proj")
+    codes = shutil.copytree(place / "int4", tmp_path / "codes")
+    (file,) = [f for f in codes.glob("*.safetensors") if "model.layers.0.mlp.down_proj.weight_packed" in load_file(f)]
+    held = load_file(file)
+    name = "model.layers.0.mlp.down_proj.weight_packed"
+    save_file({**held, name: held[name][:8].contiguous()}, file, metadata={"format": "pt"})
+    for read in (
+        lambda: compare(place / "base", codes, **KEYS),
+        lambda: convert(codes, tmp_path / "out", format="gptq"),
+    ):
+        with pytest.raises(CheckpointError, match=r"down_proj.weight_packed: holds 8 x 8 in place of 32 x 8"):
+            read()
     nan = changed(place / "base", tmp_path / "nan", lambda w: w * torch.nan)
     large = changed(place / "base", tmp_path / "large", lambda w: w.new_full(w.shape, 3e38))
     for folder, dtype, why in (

@@ -83,7 +83,8 @@ def choose_reader(row: Any, *, source: str, tokenizer: Any, text_column: str, re
         raise DataError(f"{source}: {reader}")
     if reader.kind != "ids" and tokenizer is None:
         raise DataError(
-            f"{source}: text needs a tokenizer and none was given. Pass tokenizer=..., or data that has 'input_ids'."
+            f"{source}: text needs a tokenizer and none was given. Copy the tokenizer's files into the model's folder, "
+            "pass tokenizer=..., or give data that has 'input_ids'."
         )
     if reader.kind == "chat" and not getattr(tokenizer, "chat_template", None):
         raise DataError(
