@@ -563,8 +563,8 @@ def test_under_a_small_limit_hidden_states_go_to_disk(family, tmp_path, monkeypa
     monkeypatch.setattr(budget, "PROCESS_BYTES", 0)
     with pytest.raises(PlanError, match="one block needs") as refused:
         oneshot(base, rows, W4, output_dir=tmp_path / "tight", max_memory=1000, **options)
-    needed = float(re.search(r"needs ([\d.]+) MiB", str(refused.value))[1])
-    limit = int((needed + 0.1) * 2**20)  # leaves less than twice the 192 KiB of hidden states
+    needed = budget.parse_bytes(re.search(r"needs ([\d.]+ [KM]iB)", str(refused.value))[1])
+    limit = needed + 100 * 2**10  # leaves less than twice the 192 KiB of hidden states
     oneshot(base, rows, W4, output_dir=tmp_path / "tight", max_memory=limit, **options)
     assert set(made) == {"disk"}
     assert_same_tensors(tensors(tmp_path / "tight"), tensors(tmp_path / "roomy"))
