@@ -52,12 +52,11 @@ def again(args: Arguments, recipe: Path | None) -> str:
     Args:
         recipe: where the run's recipe is; None of a model in memory that is not saved.
     """
-    line = (
-        None
-        if recipe is None or args.output_dir is None
-        else command(args, recipe, f"{args.output_dir.absolute()}-again")
-    )
-    return _call(args, _given(args), recipe) if line is None else line
+    if recipe is not None and args.output_dir is not None:
+        line = command(args, recipe, f"{args.output_dir.absolute()}-again")
+        if line is not None:
+            return line
+    return _call(args, _given(args), recipe)
 
 
 def command(args: Arguments, recipe: Path, output: str) -> str | None:

@@ -69,10 +69,11 @@ def searched_scale(readers: Sequence[Reader], stats: InputStats, columns: Tensor
     for i in range(STEPS + 1):
         s = x ** (i / STEPS) / w ** (1 - i / STEPS)
         tried.append(torch.where(live, s.clamp(min=SMALLEST), 1.0))
-    return min(tried, key=lambda s: rounding_noise(readers, tokens, s[columns], low, high))
+    noise = torch.stack([rounding_noise(readers, tokens, s[columns], low, high) for s in tried])
+    return tried[int(noise.argmin())]
 
 
-def rounding_noise(readers: Sequence[Reader], tokens: Tensor, s: Tensor, low: Tensor, high: Tensor) -> float:
+def rounding_noise(readers: Sequence[Reader], tokens: Tensor, s: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Energy a token that rounding of inputs and weights to integers adds to the outputs, were all errors independent
     and even: a step squared / 12 each.
 
@@ -97,7 +98,7 @@ def rounding_noise(readers: Sequence[Reader], tokens: Tensor, s: Tensor, low: Te
         if reader.grid is not None and reader.grid.values == "int":
             step = find_qparams(w, reader.grid).scale.float()
             noise += _noise(step, power) * len(w)
-    return float(noise)
+    return noise
 
 
 def _noise(step: Tensor, energy: Tensor) -> Tensor:
