@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,12 +41,14 @@ def budget(
     *,
     runs: bool = False,
     surveys: bool = False,
+    beside: bool = False,
 ) -> dict[str, Any]:
     """Batch size, budgets and expected peaks, all from shapes.
 
     Args:
         runs: the model is run even if no site needs it.
         surveys: a survey comes first, in float32.
+        beside: linears may be solved while the next block runs, if a GPU has the memory.
     """
     from bitpress.sites import full_every
 
@@ -98,24 +101,29 @@ def budget(
     device_bytes = (
         fixed + batch_size * sequence + (hidden if where == "device" else 0) + min(sum(set(grams)), gram_bytes)
     )
+    twice = block + min(sum(set(grams)), gram_bytes)  # of the block that is solved, beside those of the next
+    beside = beside and not on_cpu and ranks.world_size() == 1 and device_bytes + twice <= limit
+    device_bytes += twice * beside
     host = device_bytes if on_cpu else PROCESS_BYTES + outside + 4 * block + (hidden if where == "host" else 0)
     # what is left besides may hold more linears at once than the largest that must fit
     together = solver + max(0, min(TOGETHER, limit - device_bytes))
     return {
         "host_bytes": host, "device_bytes": 0 if on_cpu else device_bytes, "batch_size": batch_size,
-        "gram_bytes": gram_bytes, "solver_bytes": together, "hidden_on": where,
+        "gram_bytes": gram_bytes, "solver_bytes": together, "hidden_on": where, "solves_beside": beside,
     }  # fmt: skip
 
 
 def _solver_bytes(sites: Sequence[Site], device: torch.device) -> int:
     """What GPTQ with refinement, the solver that takes most, holds at once for the linears of an input."""
     first = [s for s in sites if s.block == sites[0].block] if sites else []
+    of_width: Counter[int] = Counter()
+    for site in first:
+        of_width[site.columns] += site.rows * site.columns
     most = 0
     for site in sites:
-        # at most: not all linears of a width read the same input
-        together = sum(t.rows * t.columns for t in first if t.columns == site.columns)
         largest = site.rows * site.columns
-        weights = max(largest, min(together, 4 * largest))
+        # at most: not all linears of a width read the same input
+        weights = max(largest, min(of_width[site.columns], 4 * largest))
         most = max(most, problem_bytes(weights, site.columns if site.needs else 0))
     beside = 0 if device.type == "cuda" else min(sum(s.rows * s.columns for s in first), workers() * SMALL)
     return max(most, 4 * 10 * beside)

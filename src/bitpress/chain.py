@@ -13,7 +13,7 @@ from bitpress.errors import NumericsError
 from bitpress.math.activations import static_scale
 from bitpress.math.grid import Solved, global_scale
 from bitpress.math.lost import relative_error
-from bitpress.math.masks import holds, pruned
+from bitpress.math.masks import holds, pruned_each
 from bitpress.math.stats import InputStats
 from bitpress.modifiers.base import PruningModifier
 from bitpress.modifiers.quantization import SchemeGroup, SchemeModifier
@@ -65,10 +65,12 @@ def solve_each(steps: Sequence[Step], problems: Sequence[Problem], dtype: torch.
             current = [(w, _settled(s)) for w, s in current]
     if solved is None:
         solved = [[] for _ in problems]
-    return [
+    stored = [
         _stored(steps, weights, pruned_weights, stats, mine, dtype)
         for (weights, _), (pruned_weights, stats), mine in zip(problems, current, solved, strict=True)
     ]
+    check_zeros([w for weights, _ in current for w in weights], [z for zs in stored for z in zs], steps)
+    return stored
 
 
 def _settled(stats: InputStats | None) -> InputStats | None:
@@ -96,8 +98,6 @@ def _stored(
         settled = [formats.settle(z, grid) for z in solved]
         # each linear stores its own copy
         solved = [replace(z, beside={**z.beside, **{n: t.clone() for n, t in beside.items()}}) for z in settled]
-    for before, after in zip(current, solved, strict=True):
-        check_zeros(before, after.dense(), steps)
     gram = None if stats is None else stats.gram
     if len(steps) == 1 and group is not None and (gram is None or "gram" in _quantizer(steps[0])[0].weights_need):
         return solved
@@ -124,19 +124,28 @@ def input_scales(scheme: Scheme, stats: InputStats | None, dtype: torch.dtype) -
     return {"input_scale": scale} if zero is None else {"input_scale": scale, "input_zero_point": zero}
 
 
-def check_zeros(before: Tensor, after: Tensor, steps: Sequence[Step]) -> None:
+def check_zeros(before: Sequence[Tensor], after: Sequence[Solved], steps: Sequence[Step]) -> None:
     """Whether what was pruned, here or in an earlier stage, is still zero, and has its structure.
 
     Raises:
         NumericsError: it has not; the solver is at fault.
     """
-    keep = pruned(before)
-    if keep is not None and bool((after[~keep] != 0).any()):
-        raise NumericsError("a pruned weight is no longer zero")
-    for step in steps:
-        structure = step.modifier.structure if isinstance(step.modifier, PruningModifier) and step.sparsity else None
-        if structure is not None and not holds(after, structure):
-            raise NumericsError(f"the weight is not {structure} after pruning")
+    prunes = (step.modifier for step in steps if isinstance(step.modifier, PruningModifier) and step.sparsity)
+    structures = [m.structure for m in prunes if m.structure is not None]
+    fine: list[Tensor] = []
+    said: list[str] = []
+    for keep, z in zip(pruned_each(before), after, strict=True):
+        if keep is None and not structures:
+            continue
+        dense = z.dense()
+        if keep is not None:
+            fine.append(((dense == 0) | keep).all())
+            said.append("a pruned weight is no longer zero")
+        fine += [holds(dense, structure) for structure in structures]
+        said += [f"the weight is not {structure} after pruning" for structure in structures]
+    for held, fault in zip(torch.stack(fine).tolist() if fine else [], said, strict=True):
+        if not held:
+            raise NumericsError(fault)
 
 
 def _quantizer(step: Step) -> tuple[SchemeModifier, SchemeGroup]:

@@ -9,7 +9,8 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -143,19 +144,25 @@ def read_header(file: Path) -> tuple[bytes, dict[str, Any]]:
 
 def read_tensors(wanted: Iterable[tuple[str, Path]], device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """Tensors from (name, file) pairs; each file is mapped only while it is read."""
-    from safetensors import safe_open
-
     by_file: dict[Path, list[str]] = {}
     for name, file in wanted:
         by_file.setdefault(file, []).append(name)
     out: dict[str, Tensor] = {}
     for file, names in by_file.items():
-        with safe_open(file, "pt") as opened:
+        with opened(file) as get:
             for name in names:
                 # a mapped tensor keeps the whole file mapped: copy it
-                tensor = opened.get_tensor(name)
-                out[name] = tensor.to(device, copy=True)
+                out[name] = get(name).to(device, copy=True)
     return out
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[Callable[[str], Tensor]]:
+    """Within it, a safetensors file is mapped, and its tensors are had by name: not copied."""
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as held:
+        yield held.get_tensor
 
 
 Spec = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]

@@ -56,13 +56,18 @@ class UnfusedExperts(nn.ModuleList):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         out = torch.zeros_like(hidden_states)
-        for e, expert in enumerate(self):
+        k = top_k_index.shape[1]
+        chosen, places = top_k_index.reshape(-1).sort(stable=True)
+        ends = torch.searchsorted(chosen, torch.arange(len(self), device=chosen.device), right=True)
+        begin = 0
+        for e, (expert, end) in enumerate(zip(self, ends.tolist(), strict=True)):  # the device is waited for once
+            mine, begin = places[begin:end], end
             if e in self.on_all_tokens:
                 expert(hidden_states)
                 continue
-            token, choice = torch.where(top_k_index == e)
-            if len(token) == 0:
+            if len(mine) == 0:
                 continue
+            token, choice = mine // k, mine % k
             part = expert(hidden_states[token]) * top_k_weights[token, choice, None]
             out.index_add_(0, token, part.to(out.dtype))
         return out

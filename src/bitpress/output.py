@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from bitpress import formats, ranks
 from bitpress.checkpoint import (
     copy_companions,
+    opened,
     read_header,
     read_tensors,
     sync,
@@ -30,6 +31,7 @@ from bitpress.plan import Plan
 from bitpress.report import write_report
 from bitpress.sites import Site, stored_spec
 from bitpress.subject import Subject
+from bitpress.threads import Beside
 
 
 class Output:
@@ -49,8 +51,7 @@ class Output:
     ) -> None:
         self.folder, self.journal, self.work = folder, journal, journal.folder
         self.shards, self.compressed, self.verify = shards, compressed, verify
-        self._writer = ThreadPoolExecutor(1, "bitpress-writer") if beside else None
-        self._waiting: Future[None] | None = None
+        self._writer = Beside("writer") if beside else None
 
     def finished(self, shard: int) -> dict[str, Any] | None:
         """The journal's entry of a shard, None if it is not finished."""
@@ -62,10 +63,11 @@ class Output:
         final = self.folder / name
         return final if final.is_file() else self.work / name
 
-    def read(self, shard: int, site: Site, device: torch.device | str = "cpu") -> Solved:
-        """A solved linear from its shard."""
-        file = self.file(shard)
-        return read_site(lambda _: file, site, compressed=self.compressed, device=device)
+    def read_all(self, shard: int, sites: Sequence[Site], device: torch.device | str = "cpu") -> Iterator[Solved]:
+        """Solved linears from their shard, one after the other, on the device."""
+        with opened(self.file(shard)) as get:
+            for site in sites:
+                yield _solved_of(site, lambda name: get(name).to(device, copy=True), compressed=self.compressed)
 
     def read_others(
         self, shard: int, subject: Subject, prefix: str | None, sites: Sequence[Site]
@@ -127,13 +129,8 @@ class Output:
         if self._writer is None:
             self._save(shard, tensors, compared, rows, phases or {})
             return
-        self.settle()
-        ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        ready.record()
-        device = torch.cuda.current_device()  # a thread begins at the first
-        self._waiting = self._writer.submit(
-            self._save_beside, device, ready, shard, tensors, compared, rows, phases or {}
-        )
+        task = partial(self._save, shard, tensors, compared, rows, phases or {})
+        self._writer.start(torch.device("cuda", torch.cuda.current_device()), task)
 
     def _parts(self, site: Site, z: Solved) -> dict[str, torch.Tensor]:
         """A linear as it is stored, by suffix."""
@@ -151,19 +148,13 @@ class Output:
         Raises:
             CheckpointError: what was read back is not what was solved.
         """
-        waiting, self._waiting = self._waiting, None
-        if waiting is not None:
-            waiting.result()
+        if self._writer is not None:
+            self._writer.settle()
 
     def close(self) -> None:
         """Wait for the shard that is being written, whatever becomes of it."""
         if self._writer is not None:
-            self._writer.shutdown()
-
-    def _save_beside(self, device: int, ready: torch.cuda.Event, *args: Any) -> None:
-        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
-            ready.wait()
-            self._save(*args)
+            self._writer.close()
 
     def _save(
         self,
@@ -176,13 +167,15 @@ class Output:
         """Write a file, read linears back to compare them, and say in the journal that it is finished."""
         file = self.work / f"model-{shard + 1:05d}-of-{self.shards:05d}.safetensors"
         write_shard(file, tensors)
-        for site, z in compared:
-            dense = z.dense()
-            if not torch.equal(self.read(shard, site, dense.device).dense(), dense):
-                raise CheckpointError(
-                    f"{site.name}: the weight read back from {file.name} is not the one that was solved; "
-                    "the disk or the packing is at fault, nothing has been completed"
-                )
+        if compared:
+            read = self.read_all(shard, [site for site, _ in compared], compared[0][1].device)
+            same = [(z.dense() == back.dense()).all() for (_, z), back in zip(compared, read, strict=True)]
+            for (site, _), equal in zip(compared, torch.stack(same).tolist(), strict=True):
+                if not equal:
+                    raise CheckpointError(
+                        f"{site.name}: the weight read back from {file.name} is not the one that was solved; "
+                        "the disk or the packing is at fault, nothing has been completed"
+                    )
         sizes = {name: t.numel() * t.element_size() for name, t in sorted(tensors.items())}
         self.journal.add(
             {
@@ -244,26 +237,30 @@ class Output:
         return config if settings is None else config | {"quantization_config": settings}
 
 
-def read_site(
-    file_of: Callable[[str], Path], site: Site, *, compressed: bool, device: torch.device | str = "cpu"
-) -> Solved:
+def read_site(file_of: Callable[[str], Path], site: Site, *, compressed: bool) -> Solved:
     """A solved linear from the files that hold its tensors, packed or dense beside its scales.
 
     Raises:
         CheckpointError: a tensor of another size than the linear has.
     """
-    spec = stored_spec(site, compressed=compressed)
-    names = {f"{site.name}.{suffix}": suffix for suffix in spec}
-    tensors = read_tensors(((name, file_of(name)) for name in names), device)
-    for name, suffix in names.items():
-        held, meant = tensors[name].shape, spec[suffix][1]
+    names = [f"{site.name}.{suffix}" for suffix in stored_spec(site, compressed=compressed)]
+    tensors = read_tensors((name, file_of(name)) for name in names)
+    return _solved_of(site, tensors.__getitem__, compressed=compressed)
+
+
+def _solved_of(site: Site, get: Callable[[str], torch.Tensor], *, compressed: bool) -> Solved:
+    """A solved linear from its tensors by name on disk."""
+    parts = {}
+    for suffix, (_, meant) in stored_spec(site, compressed=compressed).items():
+        name = f"{site.name}.{suffix}"
+        parts[suffix] = get(name)
+        held = parts[suffix].shape
         if held.numel() != math.prod(meant):
             shapes = (" x ".join(map(str, shape)) or "one number" for shape in (held, meant))
             raise CheckpointError(f"{name}: holds {' in place of '.join(shapes)}: download or write it again")
-    parts = {suffix: tensors[name] for name, suffix in names.items()}
     scheme = site.scheme
     if scheme is None and "positions" in parts:
-        zeros = torch.zeros((), dtype=site.dtype, device=device)
+        zeros = torch.zeros((), dtype=site.dtype, device=parts["values"].device)
         plain = formats.spread(parts["values"], parts["positions"], zeros)
         return Solved(None, None, torch.tensor(float("nan")), weight=plain)
     if scheme is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import resource
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -34,19 +35,22 @@ class Phases:
         self._cuda = device if device is not None and device.type == "cuda" else None
         self._lap: dict[str, dict[str, float]] = {}
         self._before = self._sizes()
+        self._lock = threading.Lock()  # blocks may be finished in a thread
 
     def add(self, phase: str, start: float) -> float:
         """A phase that began at `start` (`time.perf_counter`) and ends now; returns now."""
         now, before, after = time.perf_counter(), self._before, self._sizes()
         peaks = [high if high > was else max(a, b) for (a, was), (b, high) in zip(before, after, strict=True)]
         self._before = after
-        self._take(self._lap, phase, now - start, *peaks)
+        with self._lock:
+            self._take(self._lap, phase, now - start, *peaks)
         self._keep(phase, now - start, *peaks)
         return now
 
     def lap(self) -> dict[str, dict[str, float]]:
         """What was added since the last call, as plain data for a journal."""
-        lap, self._lap = self._lap, {}
+        with self._lock:
+            lap, self._lap = self._lap, {}
         return {p: {k: round(v, 3) for k, v in found.items()} for p, found in lap.items()}
 
     def went_before(self, lap: Found) -> None:

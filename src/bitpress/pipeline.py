@@ -20,7 +20,7 @@ from bitpress.folding import Folding
 from bitpress.math.grid import Solved
 from bitpress.run import Result, Run, advance_full, watched, weight_of
 from bitpress.sites import Site
-from bitpress.solving import in_one_pass, solve_sites
+from bitpress.solving import in_one_pass, solve_from, solve_sites, statistics
 from bitpress.states import FullStream, HiddenStates
 from bitpress.tuning import Tuning, after
 
@@ -50,6 +50,7 @@ def execute(run: Run) -> None:
         if run.output is not None:
             run.output.settle()
     finally:
+        run.beside.close()
         if run.output is not None:
             run.output.close()
         states.close()
@@ -81,7 +82,7 @@ def _block(run: Run, index: int, states: HiddenStates, *, collects: bool, feeds:
             if subject.streamed:
                 subject.unload(prefix)
                 return
-        read = [(s, run.output.read(index, s)) for s in sites]
+        read = list(zip(sites, run.output.read_all(index, sites), strict=True))
         kept = run.output.read_others(index, subject, prefix, [*sites, *run.plan.inherited])
         subject.load(prefix, run.device, {**kept, **{s.key: solved.dense() for s, solved in read}})
         run.solved += _kept(run, read)
@@ -98,6 +99,10 @@ def _block(run: Run, index: int, states: HiddenStates, *, collects: bool, feeds:
         folding = Folding(subject, index, uses, sites) if (uses := run.plan.smoothing[index]) else None
         tuning = Tuning(subject, index, run.seed) if any(s.tuning for s in sites) else None
         once = feeds and not run.plan.propagates and collects and in_one_pass(run, index, sites)
+        if once and run.plan.solves_beside and tuning is None:
+            _solve_beside(run, index, sites, states)
+            return
+        run.beside.settle()
         out = states.__setitem__ if once else None
         results = solve_sites(run, index, sites, states, folding, tuning, collects=collects, out=out)
         results = _as_read(run, results)
@@ -115,6 +120,7 @@ def _block(run: Run, index: int, states: HiddenStates, *, collects: bool, feeds:
             scales = _watch_caches(run, index, caches, states, feeds=feeds)
             clock = run.timed("propagate", clock)
             feeds = False
+        run.progress.at(index, "writing", 0.7)
         _store(run, index, prefix, results, scales, folding)
         clock = run.timed("write", clock)
     if feeds:
@@ -123,6 +129,22 @@ def _block(run: Run, index: int, states: HiddenStates, *, collects: bool, feeds:
         run.full.advance()
     subject.unload(prefix)
     memory.give_back()
+
+
+def _solve_beside(run: Run, index: int, sites: list[Site], states: HiddenStates) -> None:
+    """Statistics and the next block's input by one forward; all that is left is done while the next block runs."""
+    prefix = run.subject.blocks.prefix(index)
+    inputs = statistics(run, index, sites, states, states.__setitem__)
+
+    def finish() -> None:
+        results = _as_read(run, solve_from(run, sites, inputs))
+        _install(run, results, None)
+        _store(run, index, prefix, results, {}, None)
+        run.subject.unload(prefix)
+
+    clock = time.perf_counter()
+    run.beside.start(run.device, finish)
+    run.timed("solve", clock)  # as far as the next block had to wait for it
 
 
 def _feed(run: Run, index: int, states: HiddenStates, clock: float) -> None:
@@ -159,7 +181,7 @@ def _outside(run: Run, states: HiddenStates) -> None:
     if run.output is not None and (entry := run.output.finished(total)) is not None:
         run.rows += entry["rows"]
         if not run.subject.streamed:
-            read = [(s, run.output.read(total, s)) for s in sites]
+            read = list(zip(sites, run.output.read_all(total, sites), strict=True))
             kept = run.output.read_others(total, run.subject, None, [*sites, *run.plan.inherited])
             run.subject.load(None, run.device, {**kept, **{s.key: solved.dense() for s, solved in read}})
             run.solved += _kept(run, read)
@@ -169,6 +191,7 @@ def _outside(run: Run, states: HiddenStates) -> None:
     results = solve_sites(run, None, sites, states, None, None, collects=run.plan.needs_stats)
     clock = time.perf_counter()
     _install(run, results, None)
+    run.progress.at(total, "writing", 0.7)
     _store(run, total, None, results, {}, None)
     run.timed("write", clock)
 
@@ -198,7 +221,6 @@ def _store(
     if not run.subject.streamed:
         run.caches |= scales
     if run.output is not None:
-        run.progress.at(shard, "writing", 0.7)
         keys = run.subject.keys(prefix)
         earlier = [s for s in run.plan.inherited if s.key in keys]
         solved += [(s, run.inherited(s)) for s in earlier if run.inherited is not None]

@@ -78,6 +78,7 @@ class Plan:
         masked: linears whose zeros are kept while training.
         propagates: each block is calibrated on what the compressed ones before it give; else on the uncompressed ones'.
         stored: the checkpoint format.
+        solves_beside: linears are solved while the next block runs, where one forward serves both.
     """
 
     sites: tuple[Site, ...]
@@ -101,6 +102,7 @@ class Plan:
     masked: tuple[Site, ...] = ()
     propagates: bool = True
     stored: str = formats.DEFAULT
+    solves_beside: bool = False
 
     @property
     def surveys(self) -> bool:
@@ -264,7 +266,8 @@ def make(
     memory: dict[str, Any] = {}
     mine = -(-samples // ranks.world_size())
     cost = partial(budget, subject, samples=mine, length=length, device=device, max_memory=max_memory,
-                   batch_size=batch_size, runs=bool(caches), surveys=any(m.surveys for m in modifiers))  # fmt: skip
+                   batch_size=batch_size, runs=bool(caches), surveys=any(m.surveys for m in modifiers),
+                   beside=not propagate and not caches)  # fmt: skip
     try:
         memory = cost(sites)
     except PlanError as error:

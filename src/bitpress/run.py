@@ -20,6 +20,7 @@ from bitpress.report import LayerReport
 from bitpress.sites import Site
 from bitpress.states import FullStream, HiddenStates
 from bitpress.subject import Subject
+from bitpress.threads import Beside
 
 STARVED = 256  # tokens; an expert that saw fewer takes its statistics from all tokens of the block
 
@@ -37,6 +38,7 @@ class Run:
         solved: for a model in memory: every solved linear without its codes and weight.
         caches: for a model in memory: scales of caches, by name on disk.
         phases: time and memory by phase.
+        beside: finishes a block while the next one runs.
     """
 
     subject: Subject
@@ -56,6 +58,7 @@ class Run:
             self.parts = ranks.gathered(ranks.portion([ids.numel() for ids in self.everything]))
         self.first = self.parts[ranks.rank()].start
         self.batches = [self.everything[i] for i in self.parts[ranks.rank()]]  # that this process runs
+        self.beside = Beside("solver", urgent=True)
         self.full: FullStream | None = None  # of the uncompressed model, where a modifier compares with it
         self.rows: list[dict[str, Any]] = []
         self.solved: list[tuple[Site, Solved]] = []

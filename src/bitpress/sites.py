@@ -309,11 +309,12 @@ def misfits(sites: Sequence[Site], subject: Subject) -> list[str]:
     """Sites whose shape does not fit their scheme, or whose weight cannot be compressed alone."""
     found = []
     head = head_name(subject)
+    alike: dict[int, int] = {}  # divides all columns of a group: a size that the next linear refuses is no help
+    for site in sites:
+        alike[id(site.group)] = math.gcd(alike.get(id(site.group), 0), site.columns)
     for site in sites:
         if site.scheme is not None:
-            # a size that the next linear refuses is no help
-            alike = math.gcd(*(s.columns for s in sites if s.group is site.group))
-            found += [f"{site.name}: {fault}" for fault in shape_faults(site, site.scheme, alike)]
+            found += [f"{site.name}: {fault}" for fault in shape_faults(site, site.scheme, alike[id(site.group)])]
         for modifier in (s.modifier for s in site.steps):
             unit = modifier.group_columns() if isinstance(modifier, PruningModifier) else 1
             if site.columns % unit:

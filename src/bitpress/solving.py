@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from bitpress import chain, memory, ranks
 from bitpress.blocks import Batch, collect
-from bitpress.budget import SMALL, problem_bytes
+from bitpress.budget import SMALL
 from bitpress.errors import NumericsError
 from bitpress.experts import UnfusedExperts
 from bitpress.folding import Folding
+from bitpress.jobs import Input, Job, bundles_of, cost, of_inputs, without_data
 from bitpress.math import masks
 from bitpress.math.grid import Solved
 from bitpress.math.products import float32_products
@@ -48,21 +47,14 @@ def solve_sites(
         out: takes the block's output for each batch, as it is before; only where `in_one_pass`.
     """
     at = len(run.subject.blocks) if index is None else index
-    for site in sites:  # before any forward: it would blame the linears that read what comes of it
-        if not torch.isfinite(weight_of(run.subject.model, site)).all():
-            raise NumericsError(f"{site.name}: NaN or infinity in the weight; the checkpoint is damaged")
+    _check(run, sites)
     results: dict[str, Result] = {}
     needy = [s for s in sites if collects and s.needs]
     by_module = {s.module: s for s in needy}
 
     def solve(inputs: Sequence[Input]) -> None:
         run.progress.at(at, "solving", 0.4)
-        jobs = [
-            Job(part, stats, policy)
-            for stats, readers, policy in inputs
-            for part in _alike([by_module[m] for m in readers if m in by_module], share_input=True)
-        ]
-        results.update(_solve(run, jobs, folding, tuning))
+        results.update(_solve(run, of_inputs(by_module, inputs), folding, tuning))
 
     if run.full is not None and index is not None and not needy and folding is None:
         advance_full(run, index, run.full, states)
@@ -94,13 +86,37 @@ def solve_sites(
     clock = time.perf_counter()
     if free := [s for s in sites if s.module not in by_module]:
         run.progress.at(at, "rounding")
-        results |= _solve(run, [Job(part, None, "") for part in _alike(free, share_input=False)], folding, tuning)
+        results |= _solve(run, without_data(free), folding, tuning)
     run.timed("solve", clock)
     return [results[s.name] for s in sites]
 
 
-# Statistics of a distinct input, module names of the linears that read it, why it saw other tokens than usual.
-Input = tuple[InputStats, Sequence[str], str]
+def statistics(
+    run: Run, index: int, sites: Sequence[Site], states: HiddenStates, out: Callable[[int, Tensor], None]
+) -> list[Input]:
+    """The statistics of a block where one pass serves all its linears; `out` takes its outputs."""
+    _check(run, sites)
+    held: list[Input] = []
+    _gather(run, index, states, {s.module: s for s in sites if s.needs}, {}, held.extend, out=out)
+    return held
+
+
+def solve_from(run: Run, sites: Sequence[Site], inputs: Sequence[Input]) -> list[Result]:
+    """The algebra of a block's linears on its statistics; weights are not yet changed."""
+    by_module = {s.module: s for s in sites if s.needs}
+    jobs = of_inputs(by_module, inputs) + without_data([s for s in sites if s.module not in by_module])
+    results = _solve(run, jobs, None, None)
+    return [results[s.name] for s in sites]
+
+
+def _check(run: Run, sites: Sequence[Site]) -> None:
+    """Before any forward: it would blame the linears that read what comes of a damaged weight."""
+    finite = [torch.isfinite(weight_of(run.subject.model, site)).all() for site in sites]
+    for site, fine in zip(sites, torch.stack(finite).tolist() if finite else [], strict=True):
+        if not fine:
+            raise NumericsError(f"{site.name}: NaN or infinity in the weight; the checkpoint is damaged")
+
+
 Take = Callable[[Sequence[Input]], None]
 
 
@@ -237,35 +253,16 @@ def _first(run: Run, states: HiddenStates) -> Batch:
     return run.batches[0][:1].to(run.device), None if hidden is None else hidden[:1]
 
 
-@dataclass(frozen=True)
-class Job:
-    """Linears with the same steps that one call of the solver takes, and what it is to know of their input."""
-
-    sites: list[Site]
-    stats: InputStats | None
-    policy: str
-
-
-def _alike(sites: Sequence[Site], *, share_input: bool) -> list[list[Site]]:
-    """Those that one call of the solver takes: of the same steps, and of the same input or the same scale."""
-    parts: dict[tuple[Any, ...], list[Site]] = {}
-    for site in sites:
-        steps = tuple((id(s.modifier), s.claim.name, s.sparsity) for s in site.steps)
-        # what must share a number is solved in one call, and nothing else with it
-        parts.setdefault((steps, site.partners or ("" if share_input else site.name)), []).append(site)
-    return list(parts.values())
-
-
 def _solve(run: Run, jobs: Sequence[Job], folding: Folding | None, tuning: Tuning | None) -> dict[str, Result]:
     """The algebra of all jobs, each by one process; on a CPU small ones at the same time, as many as it has cores.
 
     Raises:
         NumericsError: the first of those that fail, in the order of the jobs: what comes later may fail by it.
     """
-    owners = ranks.owners([_cost(job) for job in jobs])
+    owners = ranks.owners([cost(job) for job in jobs])
     mine = [i for i in range(len(jobs)) if owners[i] == ranks.rank()]
     on_cpu = run.device.type == "cpu"
-    bundles = [[i] for i in mine] if on_cpu else _bundles(jobs, mine, run.plan.solver_bytes)
+    bundles = [[i] for i in mine] if on_cpu else bundles_of(jobs, mine, run.plan.solver_bytes)
     sizes = {i: sum(site.rows * site.columns for site in jobs[i].sites) for i in mine}
     bundles.sort(key=lambda bundle: sizes[bundle[0]], reverse=True)
     tasks = [partial(_try, run, [jobs[i] for i in bundle], folding) for bundle in bundles]
@@ -299,27 +296,6 @@ def _solve(run: Run, jobs: Sequence[Job], folding: Folding | None, tuning: Tunin
 Part = tuple[LayerReport, Solved]  # of a result, without its site
 
 
-def _cost(job: Job) -> float:
-    """What solving takes, about: a factor of the Gram matrix, and the sweep of each linear."""
-    columns = job.sites[0].columns
-    return float(columns**3 + sum(site.rows for site in job.sites) * columns**2)
-
-
-def _bundles(jobs: Sequence[Job], mine: Sequence[int], limit: int) -> list[list[int]]:
-    """Of these jobs, those of the same steps and shapes together, such as experts', as many as `limit` bytes hold."""
-    alike: dict[tuple[Any, ...], list[list[int]]] = {}
-    for i in mine:
-        job = jobs[i]
-        steps = tuple((id(s.modifier), s.claim.name, s.sparsity) for s in job.sites[0].steps)
-        shapes = tuple((s.rows, s.columns) for s in job.sites)
-        rows, columns = sum(s.rows for s in job.sites), job.sites[0].columns
-        bundles = alike.setdefault((steps, shapes, job.stats is None), [[]])
-        if (len(bundles[-1]) + 1) * problem_bytes(rows * columns, columns) > limit and bundles[-1]:
-            bundles.append([])
-        bundles[-1].append(i)
-    return [bundle for bundles in alike.values() for bundle in bundles]
-
-
 def _try(run: Run, jobs: list[Job], folding: Folding | None) -> list[list[Part] | NumericsError]:
     """What each job comes to; where one of several fails, they are solved one by one, so that it is named."""
     try:
@@ -344,19 +320,17 @@ def _solve_together(run: Run, jobs: list[Job], folding: Folding | None) -> list[
     problems = [_of_job(run, job, folding) for job in jobs]
     solved = chain.solve_each(jobs[0].sites[0].steps, problems, run.subject.dtype)
     seconds = (time.perf_counter() - clock) / sum(len(job.sites) for job in jobs)
-    figures, names = [], []
-    for job, (weights, _), found in zip(jobs, problems, solved, strict=True):
-        for site, weight, z in zip(job.sites, weights, found, strict=True):
-            dense = z.dense()
-            zeros = (dense == 0).float().mean()
-            figures.append(torch.stack([z.error.to(zeros).reshape(()), zeros]))
-            names.append(_mask_name(site, weight, dense))
-    told = zip(torch.stack(figures).tolist(), names, strict=True)  # the device is waited for once
+    figures = []
+    for (weights, _), found in zip(problems, solved, strict=True):
+        for weight, z in zip(weights, found, strict=True):
+            before, zeros = ((w == 0).float().mean() for w in (weight, z.dense()))
+            figures.append(torch.stack([z.error.to(zeros).reshape(()), zeros, before]))
+    told = iter(torch.stack(figures).tolist())  # the device is waited for once
     results: list[list[Part]] = []
     for job, (_, stats), found in zip(jobs, problems, solved, strict=True):
         parts = []
         for site, z in zip(job.sites, found, strict=True):
-            (error, sparsity), mask = next(told)
+            error, sparsity, before = next(told)
             report = LayerReport(
                 name=site.name,
                 method=site.method,
@@ -365,7 +339,7 @@ def _solve_together(run: Run, jobs: list[Job], folding: Folding | None) -> list[
                 error_of="weight" if stats is None or stats.gram is None else "output",
                 bits_per_weight=bits_per_weight(site),
                 sparsity=sparsity,
-                mask=mask,
+                mask=_mask_name(site, before, z),
                 tokens=0 if stats is None else stats.tokens,
                 policy=job.policy,
                 seconds=seconds,
@@ -375,9 +349,10 @@ def _solve_together(run: Run, jobs: list[Job], folding: Folding | None) -> list[
     return results
 
 
-def _mask_name(site: Site, before: Tensor, after: Tensor) -> str:
-    """For the report; a structure that the recipe asks for has been checked."""
+def _mask_name(site: Site, zeros: float, z: Solved) -> str:
+    """For the report, of a weight with this share of zeros before; a structure that the recipe asks for has been
+    checked."""
     asked = [s.modifier for s in site.steps if isinstance(s.modifier, PruningModifier) and s.sparsity]
     if asked and asked[-1].structure is not None:
         return str(asked[-1].structure)
-    return masks.name_of(after) if asked or masks.pruned(before) is not None else ""
+    return masks.name_of(z.dense()) if asked or zeros >= masks.PRUNED_SHARE else ""

@@ -1,4 +1,4 @@
-"""Work in a few threads, each with its share of torch's threads.
+"""Work in threads: a few at once, each with its share of torch's threads, or one that runs beside what comes next.
 
 Where many small operations follow each other, one thread that runs them all on its part of the data beats several
 that meet after each operation.
@@ -7,8 +7,8 @@ that meet after each operation.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import torch
 
@@ -42,3 +42,54 @@ def together(tasks: Sequence[Callable[[], T]]) -> list[T]:
             return list(pool.map(run, tasks))
     finally:
         torch.set_num_threads(total)  # what later threads start with
+
+
+class Beside:
+    """Runs one task at a time beside the work of the thread that starts it; on a GPU on a stream of its own.
+
+    Args:
+        urgent: on a GPU its launches go before those of other streams: small ones fit beside large ones.
+    """
+
+    def __init__(self, name: str, *, urgent: bool = False) -> None:
+        self._thread = ThreadPoolExecutor(1, f"bitpress-{name}")
+        self._waiting: Future[None] | None = None
+        self._priority = -1 if urgent else 0
+
+    def start(self, device: torch.device, task: Callable[[], Any]) -> None:
+        """Start a task once the one before it has ended; it sees what has been launched on the GPU so far.
+
+        Raises:
+            Exception: of the task before.
+        """
+        self.settle()
+        ready = None
+        if device.type == "cuda":
+            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            ready.record(torch.cuda.current_stream(device))
+        self._waiting = self._thread.submit(self._run, device, ready, task)
+
+    def settle(self) -> None:
+        """Wait for the task.
+
+        Raises:
+            Exception: of the task.
+        """
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            waiting.result()
+
+    def close(self) -> None:
+        """Wait for the task, whatever becomes of it."""
+        self._thread.shutdown()
+
+    @torch.no_grad()
+    def _run(self, device: torch.device, ready: torch.cuda.Event | None, task: Callable[[], Any]) -> None:
+        if ready is None:
+            task()
+            return
+        stream = torch.cuda.Stream(device, priority=self._priority)  # type: ignore[no-untyped-call]
+        with torch.cuda.device(device), torch.cuda.stream(stream):  # a thread begins at the first GPU
+            ready.wait()
+            task()
+            stream.synchronize()  # only then is freed what other streams have made

@@ -141,7 +141,7 @@ class Tuning:
             z, grid = found.solved[h.site.key], starts[h.site.key].grid
             z = z if grid is None else formats.settle(z, grid)
             # what the solver left at zero stays zero; a weight that was zero by chance and is kept need not
-            check_zeros(h.weight if h.keep is None else h.keep, z.dense(), h.site.steps)
+            check_zeros([h.weight if h.keep is None else h.keep], [z], h.site.steps)
             error = relative_error(h.weight.float(), z.dense(), h.gram)
             results[h.site.name] = (replace(z, error=error), says)
         return results

@@ -1,6 +1,7 @@
 """Calibration on the uncompressed model's stream: one forward of the data instead of two."""
 
 import json
+import threading
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from safetensors.torch import load_file
 
 from bitpress import oneshot
 from bitpress.blocks import Blocks
-from bitpress.errors import PlanError
+from bitpress.errors import NumericsError, PlanError
 from bitpress.modifiers.quantization import GPTQModifier
 from conftest import build
 
@@ -18,9 +19,9 @@ ROWS = [
 ]
 
 
-def saved(tmp_path, family="llama"):
+def saved(tmp_path, family="llama", **changes):
     folder = tmp_path / "model"
-    build(family).save_pretrained(folder)
+    build(family, **changes).save_pretrained(folder)
     return folder
 
 
@@ -85,6 +86,58 @@ def test_statistics_in_several_passes(tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "budget", lambda *a, **k: {**real(*a, **k), "gram_bytes": 1})
     parts = compressed(folder, tmp_path / "parts", propagate=False)
     assert all(torch.equal(whole[n], parts[n]) for n in whole)
+
+
+def beside(monkeypatch):
+    """Blocks are finished while the next one runs, as on a GPU; returns the threads that solve."""
+    from bitpress import pipeline, plan
+
+    real, solve, threads = plan.budget, pipeline.solve_from, []
+    monkeypatch.setattr(plan, "budget", lambda *a, **k: {**real(*a, **k), "solves_beside": True})
+
+    def solving(run, sites, inputs):
+        threads.append(threading.current_thread().name)
+        return solve(run, sites, inputs)
+
+    monkeypatch.setattr(pipeline, "solve_from", solving)
+    return threads
+
+
+def test_blocks_finished_beside_the_next_one(tmp_path, monkeypatch):
+    folder = saved(tmp_path, num_hidden_layers=5)
+    whole = compressed(folder, tmp_path / "whole", propagate=False)
+    threads = beside(monkeypatch)
+    found = compressed(folder, tmp_path / "beside", propagate=False)
+    assert len(threads) == 4 and all("solver" in name for name in threads)  # nothing runs beside the last one
+    assert whole.keys() == found.keys() and all(torch.equal(whole[n], found[n]) for n in whole)
+    reports = [json.loads((tmp_path / n / "report.json").read_text())["layers"] for n in ("whole", "beside")]
+    assert [[row["name"] for row in rows] for rows in reports] == [[row["name"] for row in reports[0]]] * 2
+    model = build("llama", num_hidden_layers=5)
+    model = oneshot(model, ROWS, RECIPE, max_seq_length=24, num_calibration_samples=8, propagate=False)
+    assert len(threads) == 8
+    model.save_pretrained(tmp_path / "memory")
+    memory = {n: t for f in (tmp_path / "memory").glob("*.safetensors") for n, t in load_file(f).items()}
+    assert all(torch.equal(whole[n], memory[n]) for n in whole)
+
+
+def test_an_error_beside_ends_the_run_which_can_go_on(tmp_path, monkeypatch):
+    from bitpress import pipeline
+
+    folder = saved(tmp_path, num_hidden_layers=5)
+    whole = compressed(folder, tmp_path / "whole", propagate=False)
+    threads, solving = beside(monkeypatch), pipeline.solve_from
+
+    def failing(run, sites, inputs):
+        if sites[0].block == 2:
+            raise NumericsError("model.layers.2.self_attn.q_proj: broken")
+        return solving(run, sites, inputs)
+
+    with monkeypatch.context() as patch, pytest.raises(NumericsError, match="broken"):
+        patch.setattr(pipeline, "solve_from", failing)
+        compressed(folder, tmp_path / "out", propagate=False)
+    assert len(threads) == 2 and not (tmp_path / "out" / "config.json").exists()
+    found = compressed(folder, tmp_path / "out", propagate=False, resume=True)
+    assert len(threads) == 4 and all(torch.equal(whole[n], found[n]) for n in whole)
 
 
 def test_a_killed_run_goes_on(tmp_path, monkeypatch):

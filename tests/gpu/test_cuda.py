@@ -75,6 +75,21 @@ def test_a_run(family, tmp_path):
         assert cuda["rel_error"] == pytest.approx(cpu["rel_error"], rel=0.35, abs=1e-4), cpu["name"]
 
 
+def test_blocks_finished_beside_the_next_one_are_the_same(tmp_path, monkeypatch):
+    from bitpress import plan
+
+    base = save(build("llama", torch.bfloat16, num_hidden_layers=6), tmp_path / "base")
+    real, tensors = plan.budget, {}
+    for beside in (True, False):
+        monkeypatch.setattr(plan, "budget", lambda *a, _as=beside, **k: {**real(*a, **k), "solves_beside": _as})
+        out = tmp_path / str(beside)
+        options = {"max_seq_length": 32, "num_calibration_samples": 12, "device": "cuda", "propagate": False}
+        oneshot(base, token_rows(), RECIPE, output_dir=out, **options)
+        tensors[beside] = Source(out).read(Source(out).tensors)
+    assert tensors[True].keys() == tensors[False].keys()
+    assert all(torch.equal(t, tensors[False][n]) for n, t in tensors[True].items())
+
+
 SMOOTHING = {
     "awq": {"AWQModifier": {"scheme": "W4A16_ASYM", "group_size": 16, "ignore": ["lm_head"]}},
     "smoothquant": {"SmoothQuantModifier": {}, "GPTQModifier": {"scheme": "W8A8", "ignore": ["lm_head"]}},

@@ -7,7 +7,7 @@ from bitpress.errors import NumericsError
 from bitpress.math.correct import correction
 from bitpress.math.gptq import gptq
 from bitpress.math.grid import Grid, dequantize, find_qparams, quantize
-from bitpress.math.refit import RIDGE, refit_scales
+from bitpress.math.refit import RIDGE, refit_each, refit_scales
 from bitpress.math.stats import InputStats, StatsAccumulator
 
 C = 24
@@ -53,6 +53,22 @@ def test_scales_are_those_of_the_normal_equations(group_size, symmetric):
         torch.testing.assert_close(found.scale[r].double(), expected, rtol=1e-3, atol=1e-6)
     before, after = (loss(weight, dequantize(codes, q), gram) for q in (qparams, found))
     assert (after <= before * (1 + 1e-5)).all() and after.sum() < before.sum()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 1 << 20])
+def test_several_inputs_together_are_as_each_alone(rows, monkeypatch):
+    monkeypatch.setattr("bitpress.math.refit.CHUNK", rows * C)
+    grid = grid_of()
+    posed = []
+    for seed in range(4):
+        weight, gram = normal(5, C, seed=seed), gram_of(seed)
+        q = find_qparams(weight, grid)
+        posed.append((weight @ gram, quantize(weight, q, grid), gram, q))
+    together = refit_each(*zip(*posed, strict=True), grid)
+    assert len(together) == 4
+    for q, one in zip(together, posed, strict=True):
+        assert torch.equal(q.scale, refit_scales(*one, grid).scale)
+        assert not torch.equal(q.scale, one[3].scale)
 
 
 @pytest.mark.parametrize("keys", [{"per_tensor": True, "group_size": None}, {"block_rows": 2}])

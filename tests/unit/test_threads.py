@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from bitpress.threads import MOST, together, workers
+from bitpress.threads import MOST, Beside, together, workers
 
 
 @pytest.fixture(params=[1, 2, 2 * MOST + 1])
@@ -50,3 +50,34 @@ def test_later_threads_start_with_all(threads):
     other.join()
     assert seen == [threads]
     assert torch.is_grad_enabled()
+
+
+def test_one_task_beside_and_the_next_one_after_it():
+    beside, cpu, order = Beside("test"), torch.device("cpu"), []
+    may_end = threading.Event()
+
+    def first():
+        assert may_end.wait(30) and not torch.is_grad_enabled()
+        order.append("first")
+
+    beside.start(cpu, first)
+    order.append("here")
+    may_end.set()
+    beside.start(cpu, lambda: order.append("second"))
+    beside.settle()
+    assert order == ["here", "first", "second"]
+    beside.settle()  # nothing is left to wait for
+    beside.close()
+
+
+def test_an_error_beside_comes_out_where_it_is_waited_for():
+    beside, cpu = Beside("test"), torch.device("cpu")
+
+    def fail():
+        raise KeyError("broken")
+
+    beside.start(cpu, fail)
+    with pytest.raises(KeyError, match="broken"):
+        beside.start(cpu, lambda: None)
+    beside.start(cpu, fail)
+    beside.close()  # an error that led here is not hidden by another

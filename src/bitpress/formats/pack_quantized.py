@@ -43,7 +43,7 @@ def pack(codes: Tensor, qparams: QParams, grid: Grid) -> dict[str, Tensor]:
 
 def unpack(tensors: dict[str, Tensor], grid: Grid) -> tuple[Tensor, QParams]:
     """The inverse of `pack`."""
-    rows, columns = (int(n) for n in tensors["weight_shape"])
+    rows, columns = tensors["weight_shape"].tolist()
     scale, zero = tensors["weight_scale"], tensors.get("weight_zero_point")
     codes = bits.unpack(tensors["weight_packed"], grid.bits, columns)
     if grid.per_tensor:

@@ -62,24 +62,24 @@ def best_scale(
         margin: share of the error at scale 1 by which another must lower it.
     """
     best = torch.ones(int(columns.max()) + 1, device=columns.device)
-    smallest = (1 - margin) * rounding_error(readers, gram, None)
+    smallest = (1 - margin) * float(rounding_error(readers, gram, None))
     for curve in curves:
         errors: dict[int, float] = {}
         for step in (4, 2, 1):
             lowest = min(errors, key=errors.__getitem__) if errors else None
             near = range(0, len(curve), 4) if lowest is None else (lowest - step, lowest + step)
-            for i in near:
-                if 0 <= i < len(curve) and i not in errors:
-                    errors[i] = rounding_error(readers, gram, curve[i][columns])
+            tried = [i for i in near if 0 <= i < len(curve) and i not in errors]
+            found = [rounding_error(readers, gram, curve[i][columns]) for i in tried]
+            errors |= zip(tried, torch.stack(found).tolist() if found else [], strict=True)
         lowest = min(errors, key=errors.__getitem__)
         if errors[lowest] < smallest:
             best, smallest = curve[lowest], errors[lowest]
     return best
 
 
-def rounding_error(readers: Sequence[Reader], gram: Tensor, s: Tensor | None) -> float:
+def rounding_error(readers: Sequence[Reader], gram: Tensor, s: Tensor | None) -> Tensor:
     """Sum over the weights of tr(dW G dW^T) with dW = round(W s) / s - W, for column scales s (C,); None: all 1."""
-    total = 0.0
+    total = torch.zeros((), device=gram.device)
     diagonal = gram.diagonal() if s is None else gram.diagonal() / s.square()
     for reader in readers:
         if reader.grid is None:
@@ -91,7 +91,7 @@ def rounding_error(readers: Sequence[Reader], gram: Tensor, s: Tensor | None) ->
         if s is not None:
             delta /= s
         with bfloat16_products(True):
-            total += float((delta @ gram).mul_(delta).sum())
+            total += (delta @ gram).mul_(delta).sum()
     return total
 
 

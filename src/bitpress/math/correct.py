@@ -30,13 +30,11 @@ def correction(drift: Tensor, paired: Tensor, strength: float, dampening: float 
     Raises:
         NumericsError: the sums are not finite.
     """
-    if not torch.isfinite(drift).all() or not torch.isfinite(paired).all():
-        raise NumericsError("NaN or infinity in the input activations")
     damped = paired.double()
     mean = damped.diagonal().mean()
-    if mean == 0:
-        return torch.zeros_like(drift)
-    damped.diagonal().add_(dampening * mean)
-    factor = torch.linalg.cholesky(damped)
+    damped.diagonal().add_(dampening * mean + (mean == 0))  # without any input there is no drift either
+    factor, info = torch.linalg.cholesky_ex(damped)
     solved: Tensor = torch.cholesky_solve(drift.double().T, factor).T
+    if not (torch.isfinite(solved).all() & (info == 0)):
+        raise NumericsError("NaN or infinity in the input activations")
     return strength * solved.float()

@@ -21,9 +21,9 @@ from bitpress.math.correct import correction
 from bitpress.math.descent import descend
 from bitpress.math.grid import Grid, QParams, Solved, find_all
 from bitpress.math.lost import solved
-from bitpress.math.masks import pruned
+from bitpress.math.masks import pruned_each
 from bitpress.math.products import product
-from bitpress.math.refit import refit_scales
+from bitpress.math.refit import refit_each
 from bitpress.math.stats import InputStats
 from bitpress.math.sweep import inverse_factor, sweep
 
@@ -94,7 +94,13 @@ def gptq_each(
             refine=refine, correct=correct,
         )  # fmt: skip
         return [[_unsorted(z, p, grid.group_size) for z in zs] for zs, p in zip(in_order, perms, strict=True)]
-    posed = [_pose(weights, stats, grid, observer, order, dampening_frac, correct) for weights, stats in problems]
+    if not torch.stack([torch.isfinite(stats.needed_gram).all() for _, stats in problems]).all():
+        raise NumericsError("NaN or infinity in the input activations")
+    masks = iter(pruned_each([w for weights, _ in problems for w in weights]))
+    posed = [
+        _pose(weights, [next(masks) for _ in weights], stats, grid, observer, order, dampening_frac, correct)
+        for weights, stats in problems
+    ]
     wanted, ordered, groups = (_stack([getattr(p, name) for p in posed]) for name in ("wanted", "ordered", "groups"))
     keep = None
     if any(p.keep is not None for p in posed):
@@ -119,10 +125,8 @@ def gptq_each(
     products = [product(p.target, p.hessian) for p in posed] if refine else []
     for _ in range(refine):
         codes = descend(wanted, codes, ordered, _stack_qparams(found), groups, grid, block_size, passes=1, keep=keep)
-        found = [
-            refit_scales(weight_gram, mine[:, p.back], p.hessian, q, grid)
-            for weight_gram, mine, p, q in zip(products, _each(codes), posed, found, strict=True)
-        ]
+        stored = [mine[:, p.back] for mine, p in zip(_each(codes), posed, strict=True)]
+        found = refit_each(products, stored, [p.hessian for p in posed], found, grid)
     return [
         _solved(weights, mine[:, p.back], q, stats.needed_gram)
         for (weights, stats), mine, p, q in zip(problems, _each(codes), posed, found, strict=True)
@@ -152,6 +156,7 @@ class _Posed:
 
 def _pose(
     weights: Sequence[Tensor],
+    masks: Sequence[Tensor | None],
     stats: InputStats,
     grid: Grid,
     observer: str,
@@ -161,19 +166,14 @@ def _pose(
 ) -> _Posed:
     gram = stats.needed_gram
     diagonal = gram.diagonal().clone()
-    if not torch.isfinite(gram).all():
-        raise NumericsError("NaN or infinity in the input activations")
     C = gram.shape[0]
     if correct:
         assert stats.drift is not None and stats.paired is not None
         change = correction(stats.drift, stats.paired, correct)
-        masks_before = [pruned(w) for w in weights]
-        weights = [
-            w + (w @ change if m is None else (w @ change) * m) for w, m in zip(weights, masks_before, strict=True)
-        ]
+        weights = [w + (w @ change if m is None else (w @ change) * m) for w, m in zip(weights, masks, strict=True)]
     target = torch.cat(list(weights)) if len(weights) > 1 else weights[0]
     found = find_all(weights, grid, None if observer == "mse" else diagonal, search=observer != "minmax")
-    keep = _stacked([pruned(w) for w in weights], weights)
+    keep = _stacked(masks, weights)
     perm = torch.argsort(diagonal, descending=True, stable=True) if order else torch.arange(C, device=gram.device)
     # an input that is always zero says nothing: unit curvature rounds its column to nearest
     hessian = gram.clone()

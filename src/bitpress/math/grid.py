@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import accumulate
 from typing import Literal
 
@@ -221,6 +222,11 @@ class Solved:
         return dequantize(codes, qparams)
 
     @property
+    def device(self) -> torch.device:
+        """Where its numbers lie."""
+        return (self.quantized[0] if self.weight is None else self.weight).device
+
+    @property
     def quantized(self) -> tuple[Tensor, QParams]:
         """Codes and their parameters; only for a quantized linear."""
         assert self.codes is not None and self.qparams is not None
@@ -259,7 +265,7 @@ def find_qparams(
     if importance is None:
         importance = torch.ones(C, device=weight.device)
     if weight.device.type == "cuda":  # all candidates in one tensor: a launch each would take longer than the work
-        shares = torch.tensor(grid.shares, device=weight.device)[:, None, None]
+        shares = _on(weight.device, tuple(grid.shares))[:, None, None]
         tried = _from_range(low * shares, high * shares, grid, top)
         from bitpress.math.kernels.search import losses_of
 
@@ -267,6 +273,12 @@ def find_qparams(
     candidates = [_from_range(low * share, high * share, grid, top) for share in grid.shares]
     importance = importance.reshape(1, G, C // G).float()
     return least(candidates, [_squared_error(grouped, c, importance, grid) for c in candidates], grid)
+
+
+@cache
+def _on(device: torch.device, numbers: tuple[float, ...]) -> Tensor:
+    """Numbers on a device: to send them each time, it would be waited for."""
+    return torch.tensor(numbers, device=device)
 
 
 def least(candidates: Sequence[QParams], losses: Sequence[Tensor], grid: Grid) -> QParams:

@@ -5,6 +5,7 @@ Legend: R out features, C in features. A mask is a bool tensor (R, C), true wher
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -85,22 +86,20 @@ def keep_largest(scores: Tensor, count: int) -> Tensor:
     return ~(lower | equal).reshape(scores.shape)
 
 
-def holds(weight: Tensor, structure: Structure) -> bool:
-    """Whether every group of columns of a weight (R, C) has as many zeros as the structure asks."""
+def holds(weight: Tensor, structure: Structure) -> Tensor:
+    """Whether every group of columns of a weight (R, C) has as many zeros as the structure asks: one bool."""
     R, C = weight.shape
     if C % structure.size:
-        return False
+        return torch.zeros((), dtype=torch.bool, device=weight.device)
     zeros = (weight == 0).reshape(R, C // structure.size, structure.size).sum(-1)
-    return bool((zeros >= structure.pruned).all())
+    return (zeros >= structure.pruned).all()
 
 
 def find_structure(weight: Tensor) -> Structure | None:
     """The tightest pattern that holds of 2:4, 4:8 and 8:16; None if there is none."""
-    share = float((weight == 0).float().mean()) + 1e-6
-    for structure in (Structure(*known) for known in KNOWN):
-        if share >= structure.sparsity and holds(weight, structure):
-            return structure
-    return None
+    known = [Structure(*numbers) for numbers in KNOWN]
+    found = torch.stack([holds(weight, structure) for structure in known]).tolist()
+    return next((structure for structure, held in zip(known, found, strict=True) if held), None)
 
 
 def pruned(weight: Tensor) -> Tensor | None:
@@ -110,8 +109,14 @@ def pruned(weight: Tensor) -> Tensor | None:
     modifier prunes less. Dense layers have one zero in some thousands: those are no mask, they may become what they
     like.
     """
-    keep = weight != 0
-    return None if float(keep.float().mean()) > 1 - PRUNED_SHARE else keep
+    return pruned_each([weight])[0]
+
+
+def pruned_each(weights: Sequence[Tensor]) -> list[Tensor | None]:
+    """`pruned` of several weights; the device is waited for once."""
+    keep = [w != 0 for w in weights]
+    shares = torch.stack([k.float().mean() for k in keep]).tolist()
+    return [None if share > 1 - PRUNED_SHARE else k for share, k in zip(shares, keep, strict=True)]
 
 
 def name_of(weight: Tensor) -> str:

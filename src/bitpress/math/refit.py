@@ -5,6 +5,7 @@ Legend: R out features, C in features, G groups.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -33,22 +34,43 @@ def refit_scales(weight_gram: Tensor, codes: Tensor, hessian: Tensor, qparams: Q
     Returns:
         The parameters with the new scales, rounded to the stored dtype.
     """
+    return refit_each([weight_gram], [codes], [hessian], [qparams], grid)[0]
+
+
+def refit_each(
+    weight_grams: Sequence[Tensor],
+    codes: Sequence[Tensor],
+    hessians: Sequence[Tensor],
+    qparams: Sequence[QParams],
+    grid: Grid,
+) -> list[QParams]:
+    """`refit_scales` of several inputs' linears of the same shapes: small systems of rows are solved together."""
     if grid.scales != "free" or grid.per_tensor or grid.block_rows > 1:
-        return qparams
-    R, C = codes.shape
-    G = qparams.scale.shape[1]
-    z = values_of(codes).reshape(R, G, C // G)
-    if qparams.zero_point is not None:
-        z = z - qparams.zero_point.float()[..., None]
-    flat = z.reshape(R, C)
-    right = (weight_gram * flat).reshape(R, G, -1).sum(-1)
-    new = torch.empty_like(qparams.scale)
-    step = max(1, (LARGE_CHUNK if codes.device.type == "cuda" else CHUNK) // max(G * G, C))
-    for lo in range(0, R, step):
-        part = slice(lo, min(lo + step, R))
-        normal = _normal_matrices(flat[part], hessian, G)
-        new[part] = _better(normal.double(), right[part].double(), qparams.scale[part])
-    return replace(qparams, scale=new)
+        return list(qparams)
+    C, G = codes[0].shape[1], qparams[0].scale.shape[1]
+    step = max(1, (LARGE_CHUNK if codes[0].device.type == "cuda" else CHUNK) // max(G * G, C))
+    new: list[Tensor] = []
+    waiting: list[tuple[Tensor, Tensor, Tensor]] = []  # A, b and old scales of some rows
+
+    def solve_waiting() -> None:
+        A, b, old = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*waiting, strict=True))
+        new.append(_better(A.double(), b.double(), old))
+        waiting.clear()
+
+    for weight_gram, mine, hessian, q in zip(weight_grams, codes, hessians, qparams, strict=True):
+        z = values_of(mine).reshape(-1, G, C // G)
+        if q.zero_point is not None:
+            z = z - q.zero_point.float()[..., None]
+        flat = z.reshape(-1, C)
+        right = (weight_gram * flat).reshape(-1, G, C // G).sum(-1)
+        for lo in range(0, len(flat), step):
+            if sum(len(old) for *_, old in waiting) + min(step, len(flat) - lo) > step:
+                solve_waiting()
+            part = slice(lo, lo + step)
+            waiting.append((_normal_matrices(flat[part], hessian, G), right[part], q.scale[part]))
+    solve_waiting()
+    scales = torch.split(torch.cat(new), [len(mine) for mine in codes])
+    return [replace(q, scale=scale) for q, scale in zip(qparams, scales, strict=True)]
 
 
 def _normal_matrices(z: Tensor, hessian: Tensor, groups: int) -> Tensor:
@@ -65,7 +87,7 @@ def _normal_matrices(z: Tensor, hessian: Tensor, groups: int) -> Tensor:
         rows, columns = slice(g * size, (g + 1) * size), slice(g * size, C)  # the matrix is symmetric
         pulled = product(z[:, rows], hessian[rows, columns]).mul_(z[:, columns])
         normal[:, g, g:] = pulled.reshape(R, groups - g, size).sum(-1)
-        normal[:, g:, g] = normal[:, g, g:]
+        normal[:, g + 1 :, g] = normal[:, g, g + 1 :]
     return normal
 
 

@@ -91,7 +91,8 @@ def damped(gram: Tensor, dampening_frac: float) -> Tensor:
     mean = diagonal.mean()
     hessian.diagonal().add_(dampening_frac * mean)
     # an input that is always zero goes first, and its weights may stay where there is room
-    hessian.diagonal().masked_fill_(diagonal == 0, float(1e-6 * mean) or 1.0)
+    tiny = 1e-6 * mean
+    hessian.diagonal().copy_(torch.where(diagonal == 0, torch.where(tiny > 0, tiny, 1.0), hessian.diagonal()))
     return hessian
 
 

@@ -105,7 +105,7 @@ class Rounding:
         """The linear as it is stored."""
         weight, qparams = self.linear.weight.detach().float(), self.qparams()
         z = formats.settle(solved_of(weight, quantize(weight, qparams, self.grid), qparams, None), self.grid)
-        check_zeros(weight, z.dense(), ())
+        check_zeros([weight], [z], ())
         if self.scheme.static_inputs and not all(getattr(self.linear, n).isfinite() for n in (LOW, HIGH)):
             raise NumericsError(f"{self.site.name}: its input was never seen in training, or has NaN or infinity")
         beside = {name: t.cpu() for name, t in self.beside().items()}
