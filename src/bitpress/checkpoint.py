@@ -27,6 +27,7 @@ DTYPES = {  # in the order in which safetensors lays out a file
 }  # fmt: skip
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
+JOINED = 16 << 20  # bytes of small tensors that leave a GPU in one copy
 # what a checkpoint carries besides weights, config and index: tokenizer, templates, remote code, licence
 COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.py", "*.md", "*.tiktoken", "LICENSE*", "NOTICE*")
 NOT_COMPANIONS = (
@@ -158,11 +159,30 @@ def read_tensors(wanted: Iterable[tuple[str, Path]], device: torch.device | str 
 
 @contextmanager
 def opened(file: Path) -> Iterator[Callable[[str], Tensor]]:
-    """Within it, a safetensors file is mapped, and its tensors are had by name: not copied."""
+    """Within it, the tensors of a safetensors file are had by name: mapped, so to be copied by who keeps them."""
     from safetensors import safe_open
 
     with safe_open(file, "pt") as held:
         yield held.get_tensor
+
+
+def on_device(file: Path, device: torch.device) -> Callable[[str], Tensor]:
+    """The tensors of a safetensors file by name, on a GPU in one copy: thousands of small ones would each be waited
+    for."""
+    raw, header = read_header(file)
+    start = 8 + len(raw)
+    whole = torch.empty(file.stat().st_size - start, dtype=torch.uint8, pin_memory=True)
+    with file.open("rb") as stream:
+        stream.seek(start)
+        stream.readinto(whole.numpy().data)
+    there = whole.to(device)
+
+    def get(name: str) -> Tensor:
+        entry = header[name]
+        begin, end = entry["data_offsets"]
+        return there[begin:end].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+
+    return get
 
 
 Spec = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -201,14 +221,34 @@ def write_shard(file: Path, tensors: Mapping[str, Tensor]) -> None:
     raw, sizes = _header({name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()})
     with partial.open("wb") as out:
         out.write(raw)
-        for name in sizes:
-            flat = tensors[name].detach().cpu().contiguous().reshape(-1)
-            if flat.stride(0) != 1:  # of one number: any stride counts as contiguous, but cannot be read as bytes
-                flat = flat.clone(memory_format=torch.contiguous_format)
-            out.write(flat.view(torch.uint8).numpy().data)
+        for part in _joined(_bytes_of(tensors[name]) for name in sizes):
+            out.write(part.cpu().numpy().data)
     sync(partial)
     os.replace(partial, file)
     sync(file.parent)
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """Its numbers in order, as bytes."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    if flat.stride(0) != 1:  # of one number: any stride counts as contiguous, but cannot be read as bytes
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8)
+
+
+def _joined(parts: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Small neighbours on a GPU as one: it is waited for once a copy, however small."""
+    waiting: list[Tensor] = []
+    for part in parts:
+        if waiting and (part.device != waiting[0].device or sum(map(len, waiting)) + len(part) > JOINED):
+            yield torch.cat(waiting)
+            waiting = []
+        if part.device.type == "cpu" or len(part) > JOINED:
+            yield part
+        else:
+            waiting.append(part)
+    if waiting:
+        yield torch.cat(waiting)
 
 
 def write_text(file: Path, text: str) -> None:

@@ -103,7 +103,7 @@ def recipe(effort: Effort, keys: dict[str, Any] | None, pruning: dict[str, Any] 
         more = {"refine": 0} if effort == "fast" else {"correct": CORRECT, "dampening_frac": DAMPENING}
         modifiers["GPTQModifier"] = {**keys, **more}
     if effort == "best":
-        modifiers["TuneModifier"] = {}
+        modifiers["TuneModifier"] = {"batch_size": 8} if pruning else {}
     return modifiers
 
 

@@ -15,6 +15,7 @@ import torch
 from bitpress import formats, ranks
 from bitpress.checkpoint import (
     copy_companions,
+    on_device,
     opened,
     read_header,
     read_tensors,
@@ -32,6 +33,8 @@ from bitpress.report import write_report
 from bitpress.sites import Site, stored_spec
 from bitpress.subject import Subject
 from bitpress.threads import Beside
+
+CPU = torch.device("cpu")
 
 
 class Output:
@@ -63,11 +66,15 @@ class Output:
         final = self.folder / name
         return final if final.is_file() else self.work / name
 
-    def read_all(self, shard: int, sites: Sequence[Site], device: torch.device | str = "cpu") -> Iterator[Solved]:
+    def read_all(self, shard: int, sites: Sequence[Site], device: torch.device = CPU) -> Iterator[Solved]:
         """Solved linears from their shard, one after the other, on the device."""
-        with opened(self.file(shard)) as get:
+        if device.type == "cuda":
+            get = on_device(self.file(shard), device)
+            yield from (_solved_of(site, get, compressed=self.compressed) for site in sites)
+            return
+        with opened(self.file(shard)) as mapped:
             for site in sites:
-                yield _solved_of(site, lambda name: get(name).to(device, copy=True), compressed=self.compressed)
+                yield _solved_of(site, lambda name: mapped(name).clone(), compressed=self.compressed)
 
     def read_others(
         self, shard: int, subject: Subject, prefix: str | None, sites: Sequence[Site]

@@ -21,6 +21,7 @@ from bitpress.math.lost import solved
 from bitpress.math.products import bfloat16_products
 
 SMALLEST = 1e-4  # of a scale before normalization
+HOPELESS, ENOUGH = 1.05, 5  # times the error to undercut: between so many points none is so much better
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ def best_scale(
     """The scale with the least output error after rounding; scale 1 is always among those that are tried.
 
     Along a curve the error falls and rises again but for small waves, so every fourth point is tried, then those
-    two and one steps beside the best: as good a scale as the whole grid gives, for less than half of the work.
+    two and one steps beside the best: as good a scale as the whole grid gives, for less than half of the work. A curve
+    whose first points are all far above what is to be undercut is given up.
 
     Args:
         readers: the weights that read the fold's channels.
@@ -66,6 +68,8 @@ def best_scale(
     for curve in curves:
         errors: dict[int, float] = {}
         for step in (4, 2, 1):
+            if len(errors) >= ENOUGH and min(errors.values()) > HOPELESS * smallest:
+                break
             lowest = min(errors, key=errors.__getitem__) if errors else None
             near = range(0, len(curve), 4) if lowest is None else (lowest - step, lowest + step)
             tried = [i for i in near if 0 <= i < len(curve) and i not in errors]

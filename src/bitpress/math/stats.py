@@ -133,8 +133,11 @@ class StatsAccumulator:
         self._tokens += x.shape[0]
         if x.shape[0] == 0:
             return
-        if self._gram is not None:
-            self._gram.add(x)
+        rest = x
+        if self._drift is not None and self._paired is not None and full is not None:
+            rest = self._pair(x, full.reshape(x.shape), self._drift, self._paired)
+        if self._gram is not None and len(rest):
+            self._gram.add(rest)
         if self._sum_abs is not None:
             self._sum_abs += x.abs().sum(0, dtype=torch.float32)
         if self._low is not None and self._high is not None:
@@ -143,25 +146,27 @@ class StatsAccumulator:
             self._high = torch.maximum(self._high, high.float())
         if self._sample is not None:
             self._sample.add(x)
-        if self._drift is not None and self._paired is not None and full is not None:
-            self._pair(x, full.reshape(x.shape), self._drift, self._paired)
 
-    def _pair(self, x: Tensor, full: Tensor, drift: Tensor, paired: GramAccumulator) -> None:
+    def _pair(self, x: Tensor, full: Tensor, drift: Tensor, paired: GramAccumulator) -> Tensor:
+        """Add to both what is not extreme; returns the other tokens, as the Gram matrix takes these from `paired`."""
         energy = x.float().square().sum(-1)
         usual = energy <= EXTREME * energy.median()
-        x, full = x[usual], full[usual]
+        x, full, rest = x[usual], full[usual], x[~usual]
         paired.add(x)
         difference = full.float().sub_(x.float())
         if x.device.type == "cuda" and x.dtype == torch.bfloat16:
             drift += torch.mm(difference.to(x.dtype).T, x, out_dtype=torch.float32)
-            return
-        with bfloat16_products(x.dtype == torch.bfloat16):
-            drift.addmm_(difference.T, x.float())
+        else:
+            with bfloat16_products(x.dtype == torch.bfloat16):
+                drift.addmm_(difference.T, x.float())
+        return rest
 
     def finish(self) -> InputStats:
         """The statistics; the accumulator's memory is handed over and it must not be used again."""
         gram = None if self._gram is None else self._gram.finish().gram
         paired = None if self._paired is None else self._paired.finish().gram
+        if gram is not None and paired is not None:
+            gram += paired
         sample = None if self._sample is None else self._sample.finish()
         return InputStats(gram, self._tokens, self._sum_abs, self._low, self._high, self._drift, paired, sample)
 

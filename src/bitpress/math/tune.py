@@ -60,7 +60,7 @@ class Settings:
     """
 
     iters: int = 200
-    batch_size: int = 8
+    batch_size: int = 4
     lr: float | None = None
     scale_lr: float = 0.001
     weight_lr: float = 0.001

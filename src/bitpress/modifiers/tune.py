@@ -26,7 +26,7 @@ class TuneModifier(Modifier):
             outside the blocks stay as they are solved. Default: "Linear".
         ignore: linears to leave as they are solved, patterns as in targets. Default: none.
         iters: gradient steps a block. Default: 200.
-        batch_size: sequences in each step. Default: 8.
+        batch_size: sequences in each step. Pruned weights without codes gain from 8. Default: 4.
         lr: how far a code moves in the first step, in distances between codes; it falls to 0 linearly.
             Default: 0.003 at 4 bits, twice as much for every bit less, half as much for every bit more.
         scale_lr: the same for scales, as a share of them. 0 leaves them as they are solved. Default: 0.001.
@@ -44,7 +44,7 @@ class TuneModifier(Modifier):
     targets: Names = "Linear"
     ignore: Names = dataclasses.field(default_factory=list)
     iters: int = 200
-    batch_size: int = 8
+    batch_size: int = 4
     lr: Float | None = None
     scale_lr: Float = 0.001
     weight_lr: Float = 0.001
