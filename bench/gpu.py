@@ -7,7 +7,8 @@ The model has the shapes of Llama-3-8B, Llama-3-70B or Qwen3-30B-A3B and random 
 depend on them. bitpress streams it from disk and writes the checkpoint; --peer is the interpreter of llm-compressor's
 environment, which starts with a loaded model and ends before saving. Each case runs after one with 8 samples, which
 compiles the kernels, and once more with the device synchronized around each step, which gives the split. The error is
-that of the hidden states after the last block on 8 sequences that were not calibrated on, relative to their energy.
+that of the hidden states after the last block on 8 sequences that were not calibrated on, relative to their energy. The
+limit is what the products of the forwards and Gram matrices alone would take at this card's rate for a large one.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str | None]] = {
     "fp8": ({"QuantizationModifier": {"scheme": "FP8_DYNAMIC", "ignore": IGNORE}}, {}, None),
     "nvfp4": ({"QuantizationModifier": {"scheme": "NVFP4A16", "ignore": IGNORE}}, {}, None),
 }  # fmt: skip
+WITHOUT_DATA = {"rtn", "fp8", "nvfp4"}  # bound by the disk
 # part of the split -> functions that are timed for it
 STEPS = {
     "statistics": ("bitpress.math.stats.StatsAccumulator.add",),
@@ -155,8 +158,10 @@ def measure(model: Path, out: Path, rows: list[list[int]], case: str, args: argp
     totals = run(model, out, rows, case, args.max_memory)
     phases = per_block(totals, args.blocks)
     split = {} if args.no_split else {"split": _split(model, out, rows, case, args)}
+    seconds, least = sum(phases.values()), limit(args.shape, case, len(rows), len(rows[0]))
+    share = {} if least is None else {"limit_seconds": least, "share_of_limit": least / seconds}
     return {
-        "case": case, "tool": "bitpress", "seconds_per_block": sum(phases.values()), "phases": phases, **split,
+        "case": case, "tool": "bitpress", "seconds_per_block": seconds, **share, "phases": phases, **split,
         "whole_run_seconds": totals["seconds"], "device_gb": totals["peak_device_bytes"] / 1e9,
         "host_gb": totals["peak_host_bytes"] / 1e9,
     }  # fmt: skip
@@ -179,6 +184,36 @@ def per_block(totals: dict[str, Any], blocks: int) -> dict[str, float]:
     if "propagate" in phases and blocks > 1:
         phases["propagate"] *= blocks / (blocks - 1)
     return phases
+
+
+def limit(shape: str, case: str, samples: int, length: int) -> float | None:
+    """Seconds a block for its forwards' products and one triangle of each Gram matrix; None without data."""
+    if case in WITHOUT_DATA:
+        return None
+    numbers = SHAPES[shape][1]
+    D, heads, tokens = numbers["hidden_size"], numbers["num_attention_heads"], samples * length
+    head = numbers.get("head_dim", D // heads)
+    q, kv = heads * head, numbers["num_key_value_heads"] * head
+    chosen = numbers.get("num_experts_per_tok", 1)
+    middle = numbers.get("moe_intermediate_size", numbers["intermediate_size"])
+    linears = 2 * D * q + 2 * D * kv + 3 * chosen * D * middle
+    forward = 2 * tokens * (linears + length * q)  # scores and values of the lower triangle
+    grams = tokens * (D**2 + q**2 + chosen * (D**2 + middle**2))
+    forwards = 2 if CASES[case][1].get("propagate", True) else 1
+    return (forwards * forward + grams) / product_rate()
+
+
+@cache
+def product_rate() -> float:
+    """Operations a second of a product of bfloat16 matrices of 8192."""
+    a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16).unbind()
+    for runs in (5, 20):  # the first ones warm it up
+        torch.cuda.synchronize()
+        clock = time.perf_counter()
+        for _ in range(runs):
+            a @ b
+        torch.cuda.synchronize()
+    return runs * 2 * 8192**3 / (time.perf_counter() - clock)
 
 
 def measure_peer(model: Path, out: Path, rows: Path, case: str, args: argparse.Namespace) -> dict[str, Any]:
