@@ -9,7 +9,7 @@ import torch
 from torch.sparse import SparseSemiStructuredTensor
 
 from bitpress import oneshot, train
-from bitpress.checkpoint import Source
+from bitpress.checkpoint import Source, on_device, write_shard
 from bitpress.formats import bits
 from bitpress.math.gptq import gptq
 from bitpress.math.grid import Grid
@@ -88,6 +88,31 @@ def test_blocks_finished_beside_the_next_one_are_the_same(tmp_path, monkeypatch)
         tensors[beside] = Source(out).read(Source(out).tensors)
     assert tensors[True].keys() == tensors[False].keys()
     assert all(torch.equal(t, tensors[False][n]) for n, t in tensors[True].items())
+
+
+def test_shards_leave_and_come_back_in_few_copies(tmp_path, monkeypatch):
+    """The bytes are those of tensors on the CPU, also across the size that is joined."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "a": torch.randn(33, 7, generator=generator),
+        "b": torch.randn(5, generator=generator).to(torch.bfloat16),
+        "c": torch.randint(0, 9, (3, 3), generator=generator, dtype=torch.int8),
+        "d": torch.tensor(3.0),
+        "e": torch.randn(64, 64, generator=generator).to(torch.float8_e4m3fn),
+        "f": torch.randint(0, 9, (40, 2), generator=generator, dtype=torch.int32).T,
+    }
+    write_shard(tmp_path / "cpu.safetensors", tensors)
+    for joined in (1, 100, 1 << 20):
+        monkeypatch.setattr("bitpress.checkpoint.JOINED", joined)
+        mixed = {name: t if name == "c" else t.cuda() for name, t in tensors.items()}
+        write_shard(tmp_path / "cuda.safetensors", mixed)
+        assert (tmp_path / "cuda.safetensors").read_bytes() == (tmp_path / "cpu.safetensors").read_bytes()
+    get = on_device(tmp_path / "cpu.safetensors", torch.device("cuda"))
+    for name, tensor in tensors.items():
+        back = get(name)
+        assert back.is_cuda and back.dtype == tensor.dtype and back.shape == tensor.shape
+        flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+        assert torch.equal(back.cpu().reshape(-1).view(torch.uint8), flat)
 
 
 SMOOTHING = {
