@@ -257,12 +257,13 @@ def test_levels_of_the_penalty_share_a_factorization(monkeypatch):
     root = unit.diagonal().sqrt()
     unit = unit / root / root[:, None]
     penalties = [0.1 * 10 ** (i / 9) for i in range(10)]
-    exact = list(ridge_inverses(unit, penalties, 1))
+    exact = list(ridge_inverses(unit, penalties, 1, []))
     factored = []
     cholesky = torch.linalg.cholesky_ex
     monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda m: factored.append(m) or cholesky(m))
-    found = list(ridge_inverses(unit, penalties, 3))
-    assert len(found) == 10 and len(factored) == 4
+    infos = []
+    found = list(ridge_inverses(unit, penalties, 3, infos))
+    assert len(found) == 10 and len(factored) == 4 and not torch.stack(infos).any()
     for i, (a, b) in enumerate(zip(found, exact, strict=True)):
         share = float((a - b).norm() / b.norm())
         assert share < 0.01 and (share == 0) == (i in (1, 4, 7, 9))

@@ -64,7 +64,8 @@ def search(
     keep = torch.ones_like(pruned, dtype=torch.bool)
     levels = -(-rounds // ROUNDS_EACH)
     penalties = [FIRST_PENALTY ** (1 - (i // ROUNDS_EACH) / max(levels - 1, 1)) for i in range(rounds)]
-    inverses = ridge_inverses(unit, penalties[::ROUNDS_EACH], SHARED if weight.device.type == "cuda" else 1)
+    infos: list[Tensor] = []
+    inverses = ridge_inverses(unit, penalties[::ROUNDS_EACH], SHARED if weight.device.type == "cuda" else 1, infos)
     turn = None if pattern is None or weight.device.type != "cuda" else _in_one_launch(pattern, gone)
     for i, penalty in enumerate(penalties):
         if i % ROUNDS_EACH == 0:
@@ -80,6 +81,8 @@ def search(
         keep = choose(torch.abs(pruned, out=mixed))
         pruned.masked_fill_(~keep, 0)
         dual.add_(torch.sub(free, pruned, out=free), alpha=penalty)
+    if infos:
+        _refuse(torch.stack(infos))  # a GPU is waited for once
     return pruned / root, keep
 
 
@@ -89,12 +92,16 @@ def _in_one_launch(pattern: Structure, gone: Tensor | None) -> Callable[..., Non
     return partial(turns.turn, pattern=pattern, gone=gone) if pattern.size in turns.SIZES else None
 
 
-def ridge_inverses(unit: Tensor, penalties: Sequence[float], shared: int) -> Iterator[Tensor]:
-    """The inverse of `unit` + penalty for each penalty in turn; exact for the middle one of every `shared`."""
+def ridge_inverses(unit: Tensor, penalties: Sequence[float], shared: int, infos: list[Tensor]) -> Iterator[Tensor]:
+    """The inverse of `unit` + penalty for each penalty in turn; exact for the middle one of every `shared`.
+
+    `infos` take of each factor whether it failed: 0 if not.
+    """
     for first in range(0, len(penalties), shared):
         group = penalties[first : first + shared]
         middle = group[len(group) // 2]
-        inverse = _ridge_inverse(unit, middle)
+        inverse, info = _ridge_inverse(unit, middle)
+        infos.append(info)
         yield from (inverse if p == middle else shifted_inverse(inverse, middle, p) for p in group)
 
 
@@ -114,17 +121,21 @@ def shifted_inverse(inverse: Tensor, penalty: float, wanted: float) -> Tensor:
         )
 
 
-def _ridge_inverse(unit: Tensor, penalty: float) -> Tensor:
+def _ridge_inverse(unit: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
     ridge = unit.clone()
     ridge.diagonal().add_(penalty)
     lower, info = torch.linalg.cholesky_ex(ridge)
-    if info.item() != 0:
-        raise NumericsError("the Gram matrix is not positive definite: raise dampening_frac or give more data")
     if lower.device.type != "cuda":
-        return torch.cholesky_inverse(lower)
+        _refuse(info)
+        return torch.cholesky_inverse(lower), info
     inverse = triangular_inverse(lower)
     with _coarse_products(lower.device):
-        return inverse.T @ inverse
+        return inverse.T @ inverse, info
+
+
+def _refuse(infos: Tensor) -> None:
+    if infos.any():
+        raise NumericsError("the Gram matrix is not positive definite: raise dampening_frac or give more data")
 
 
 def refit(weight: Tensor, start: Tensor, hessian: Tensor, keep: Tensor, steps: int) -> Tensor:
