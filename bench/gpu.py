@@ -67,7 +67,7 @@ WITHOUT_DATA = {"rtn", "fp8", "nvfp4"}  # bound by the disk
 STEPS = {
     "statistics": ("bitpress.math.stats.StatsAccumulator.add",),
     "factor": ("bitpress.math.gptq.inverse_factor",),
-    "sweep": ("bitpress.math.gptq.sweep", "bitpress.math.gptq.descend", "bitpress.math.gptq.refit_scales"),
+    "sweep": ("bitpress.math.gptq.sweep", "bitpress.math.gptq.descend", "bitpress.math.gptq.refit_each"),
     "scales": ("bitpress.math.gptq.find_all", "bitpress.math.rtn.find_all"),
     "pack": ("bitpress.output.Output.write",),
 }
@@ -113,17 +113,17 @@ def timed(seconds: dict[str, float]) -> Iterator[None]:
         return timing
 
     before = []
-    for part, paths in STEPS.items():
-        for path in paths:
-            owner_path, _, name = path.rpartition(".")
-            try:
-                owner = importlib.import_module(owner_path)
-            except ModuleNotFoundError:
-                module, _, kind = owner_path.rpartition(".")
-                owner = getattr(importlib.import_module(module), kind)
-            before.append((owner, name, getattr(owner, name)))
-            setattr(owner, name, wrap(getattr(owner, name), part))
     try:
+        for part, paths in STEPS.items():
+            for path in paths:
+                owner_path, _, name = path.rpartition(".")
+                try:
+                    owner = importlib.import_module(owner_path)
+                except ModuleNotFoundError:
+                    module, _, kind = owner_path.rpartition(".")
+                    owner = getattr(importlib.import_module(module), kind)
+                before.append((owner, name, getattr(owner, name)))
+                setattr(owner, name, wrap(getattr(owner, name), part))
         yield
     finally:
         for owner, name, function in before:

@@ -101,7 +101,10 @@ def budget(
     device_bytes = (
         fixed + batch_size * sequence + (hidden if where == "device" else 0) + min(sum(set(grams)), gram_bytes)
     )
-    twice = block + min(sum(set(grams)), gram_bytes)  # of the block that is solved, beside those of the next
+    held: Counter[int | None] = Counter()  # by block, as if no two linears read the same input
+    for s in sites:
+        held[s.block] += StatsAccumulator.nbytes(s.columns, s.needs) if s.needs else 0
+    twice = block + min(max(held.values(), default=0), gram_bytes)  # of a block that is solved, beside the next one's
     beside = beside and not on_cpu and ranks.world_size() == 1 and device_bytes + twice <= limit
     device_bytes += twice * beside
     host = device_bytes if on_cpu else PROCESS_BYTES + outside + 4 * block + (hidden if where == "host" else 0)

@@ -58,10 +58,9 @@ class UnfusedExperts(nn.ModuleList):
         out = torch.zeros_like(hidden_states)
         k = top_k_index.shape[1]
         chosen, places = top_k_index.reshape(-1).sort(stable=True)
-        ends = torch.searchsorted(chosen, torch.arange(len(self), device=chosen.device), right=True)
-        begin = 0
-        for e, (expert, end) in enumerate(zip(self, ends.tolist(), strict=True)):  # the device is waited for once
-            mine, begin = places[begin:end], end
+        edges = torch.searchsorted(chosen, torch.arange(len(self) + 1, device=chosen.device)).tolist()  # one wait
+        for e, expert in enumerate(self):
+            mine = places[edges[e] : edges[e + 1]]
             if e in self.on_all_tokens:
                 expert(hidden_states)
                 continue

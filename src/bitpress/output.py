@@ -35,6 +35,7 @@ from bitpress.subject import Subject
 from bitpress.threads import Beside
 
 CPU = torch.device("cpu")
+WHOLE = 512 << 20  # bytes of a shard that a GPU takes whole to compare it; a larger one tensor by tensor
 
 
 class Output:
@@ -68,13 +69,14 @@ class Output:
 
     def read_all(self, shard: int, sites: Sequence[Site], device: torch.device = CPU) -> Iterator[Solved]:
         """Solved linears from their shard, one after the other, on the device."""
-        if device.type == "cuda":
-            get = on_device(self.file(shard), device)
+        file = self.file(shard)
+        if device.type == "cuda" and file.stat().st_size <= WHOLE:
+            get = on_device(file, device)
             yield from (_solved_of(site, get, compressed=self.compressed) for site in sites)
             return
-        with opened(self.file(shard)) as mapped:
+        with opened(file) as mapped:
             for site in sites:
-                yield _solved_of(site, lambda name: mapped(name).clone(), compressed=self.compressed)
+                yield _solved_of(site, lambda name: mapped(name).to(device, copy=True), compressed=self.compressed)
 
     def read_others(
         self, shard: int, subject: Subject, prefix: str | None, sites: Sequence[Site]
@@ -175,8 +177,9 @@ class Output:
         file = self.work / f"model-{shard + 1:05d}-of-{self.shards:05d}.safetensors"
         write_shard(file, tensors)
         if compared:
-            read = self.read_all(shard, [site for site, _ in compared], compared[0][1].device)
-            same = [(z.dense() == back.dense()).all() for (_, z), back in zip(compared, read, strict=True)]
+            device = compared[0][1].device  # what an earlier stage has solved lies on the CPU
+            pairs = zip(compared, self.read_all(shard, [site for site, _ in compared], device), strict=True)
+            same = [(z.dense() == back.dense().to(z.device)).all().to(device) for (_, z), back in pairs]
             for (site, _), equal in zip(compared, torch.stack(same).tolist(), strict=True):
                 if not equal:
                     raise CheckpointError(

@@ -47,9 +47,12 @@ def execute(run: Run) -> None:
                 collects=forward and index <= plan.last_block,
                 feeds=index < plan.last_block,
             )
+        _settle(run)
         _outside(run, states)
         if run.output is not None:
+            clock = time.perf_counter()
             run.output.settle()
+            run.timed("write", clock)
     finally:
         run.beside.close()
         if run.output is not None:
@@ -103,7 +106,7 @@ def _block(run: Run, index: int, states: HiddenStates, *, collects: bool, feeds:
         if once and run.plan.solves_beside and tuning is None:
             _solve_beside(run, index, sites, states)
             return
-        run.beside.settle()
+        _settle(run)
         out = states.__setitem__ if once else None
         results = solve_sites(run, index, sites, states, folding, tuning, collects=collects, out=out)
         results = _as_read(run, results)
@@ -139,15 +142,23 @@ def _solve_beside(run: Run, index: int, sites: list[Site], states: HiddenStates)
 
     def finish() -> None:
         results = _as_read(run, solve_from(run, sites, inputs))
-        _install(run, results, None)
+        if not run.subject.streamed:
+            _install(run, results, None)
         _store(run, index, prefix, results, {}, None)
         if run.device.type == "cuda":  # memory that is freed goes to the other stream at once
             torch.cuda.current_stream(run.device).synchronize()
         run.subject.unload(prefix)
+        memory.give_back()
 
-    clock = time.perf_counter()
+    _settle(run)
     run.beside.start(run.device, finish)
-    run.timed("solve", clock)  # as far as the next block had to wait for it
+
+
+def _settle(run: Run) -> None:
+    """Wait for the block that is solved beside the one at work."""
+    clock = time.perf_counter()
+    run.beside.settle()
+    run.timed("solve", clock)
 
 
 def _feed(run: Run, index: int, states: HiddenStates, clock: float) -> None:

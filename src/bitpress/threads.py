@@ -55,6 +55,7 @@ class Beside:
         self._thread = ThreadPoolExecutor(1, f"bitpress-{name}")
         self._waiting: Future[None] | None = None
         self._priority = -1 if urgent else 0
+        self._stream: torch.cuda.Stream | None = None  # one for all: memory that it freed serves it again
 
     def start(self, device: torch.device, task: Callable[[], Any]) -> None:
         """Start a task once the one before it has ended; it sees what has been launched on the GPU so far.
@@ -65,9 +66,11 @@ class Beside:
         self.settle()
         ready = None
         if device.type == "cuda":
+            if self._stream is None:
+                self._stream = torch.cuda.Stream(device, priority=self._priority)  # type: ignore[no-untyped-call]
             ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             ready.record(torch.cuda.current_stream(device))
-        self._waiting = self._thread.submit(self._run, device, ready, task)
+        self._waiting = self._thread.submit(self._run, ready, task)
 
     def settle(self) -> None:
         """Wait for the task.
@@ -84,12 +87,14 @@ class Beside:
         self._thread.shutdown()
 
     @torch.no_grad()
-    def _run(self, device: torch.device, ready: torch.cuda.Event | None, task: Callable[[], Any]) -> None:
-        if ready is None:
+    def _run(self, ready: torch.cuda.Event | None, task: Callable[[], Any]) -> None:
+        if ready is None or self._stream is None:
             task()
             return
-        stream = torch.cuda.Stream(device, priority=self._priority)  # type: ignore[no-untyped-call]
-        with torch.cuda.device(device), torch.cuda.stream(stream):  # a thread begins at the first GPU
+        # a thread begins at the first GPU
+        with torch.cuda.device(self._stream.device), torch.cuda.stream(self._stream):
             ready.wait()
-            task()
-            stream.synchronize()  # only then is freed what other streams have made
+            try:
+                task()
+            finally:
+                self._stream.synchronize()  # only then is freed what other streams have made

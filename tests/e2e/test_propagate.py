@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 
 import pytest
 import torch
@@ -138,6 +139,43 @@ def test_an_error_beside_ends_the_run_which_can_go_on(tmp_path, monkeypatch):
     assert len(threads) == 2 and not (tmp_path / "out" / "config.json").exists()
     found = compressed(folder, tmp_path / "out", propagate=False, resume=True)
     assert len(threads) == 4 and all(torch.equal(whole[n], found[n]) for n in whole)
+
+
+def test_the_last_block_is_finished_before_a_quantized_head(tmp_path, monkeypatch):
+    from bitpress import pipeline
+
+    recipe = {"GPTQModifier": {"scheme": "W4A16", "group_size": 16, "refine": 0}}
+    changes = {"num_hidden_layers": 3, "tie_word_embeddings": False}
+    folder = saved(tmp_path, **changes)
+    common = {"max_seq_length": 24, "num_calibration_samples": 8, "propagate": False}
+    oneshot(folder, ROWS, recipe, output_dir=tmp_path / "whole", **common)
+    threads, solving = beside(monkeypatch), pipeline.solve_from
+
+    def slow(run, sites, inputs):
+        time.sleep(0.3 * (sites[0].block == 2))
+        return solving(run, sites, inputs)
+
+    monkeypatch.setattr(pipeline, "solve_from", slow)
+    oneshot(folder, ROWS, recipe, output_dir=tmp_path / "beside", **common)
+    assert len(threads) == 3
+    reports = [json.loads((tmp_path / n / "report.json").read_text()) for n in ("whole", "beside")]
+    names = [[row["name"] for row in report["layers"]] for report in reports]
+    assert names[0] == names[1] and names[0][-1] == "lm_head"
+    assert reports[1]["totals"]["seconds_by_phase"]["solve"] >= 0.3  # the wait for it is time of the run
+    found = [{n: t for f in (tmp_path / k).glob("*.safetensors") for n, t in load_file(f).items()}
+             for k in ("whole", "beside")]  # fmt: skip
+    assert all(torch.equal(t, found[1][n]) for n, t in found[0].items())
+
+    def failing(run, sites, inputs):
+        if sites[0].block == 2:
+            raise NumericsError("model.layers.2.mlp: broken")
+        return solving(run, sites, inputs)
+
+    monkeypatch.setattr(pipeline, "solve_from", failing)
+    with pytest.raises(NumericsError, match="broken"):
+        oneshot(folder, ROWS, recipe, output_dir=tmp_path / "failed", **common)
+    with pytest.raises(NumericsError, match="broken"):
+        oneshot(build("llama", **changes), ROWS, recipe, **common)
 
 
 def test_a_killed_run_goes_on(tmp_path, monkeypatch):

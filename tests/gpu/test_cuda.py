@@ -90,6 +90,21 @@ def test_blocks_finished_beside_the_next_one_are_the_same(tmp_path, monkeypatch)
     assert all(torch.equal(t, tensors[False][n]) for n, t in tensors[True].items())
 
 
+def test_a_stage_that_hands_on_what_an_earlier_one_solved(tmp_path):
+    """A shard then holds linears that were solved on the GPU, and others that were read from the disk."""
+    base = save(build("llama", torch.bfloat16), tmp_path / "base")
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 16}
+
+    def stage(pattern):
+        group = {"weights": weights, "targets": [pattern]}
+        return {"modifiers": {"GPTQModifier": {"config_groups": {"group_0": group}}}}
+
+    recipe = {"first_stage": stage("re:.*self_attn.*"), "second_stage": stage("re:.*mlp.*")}
+    options = {"max_seq_length": 32, "num_calibration_samples": 12}
+    oneshot(base, token_rows(), recipe, output_dir=tmp_path / "out", device="cuda", **options)
+    assert sum(name.endswith("weight_packed") for name in tensors(tmp_path / "out")) == 14
+
+
 def test_shards_leave_and_come_back_in_few_copies(tmp_path, monkeypatch):
     """The bytes are those of tensors on the CPU, also across the size that is joined."""
     generator = torch.Generator().manual_seed(0)

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from bitpress.math.descent import descend, descend_by_kernel
-from bitpress.math.grid import Grid, QParams, find_qparams
+from bitpress.math.grid import Grid, QParams, dequantize, find_qparams
 from bitpress.math.sweep import inverse_factor, sweep, sweep_by_kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -54,6 +54,45 @@ def test_the_same_codes_as_the_pure_walk(kind, rows, columns, condition, pruned,
     found = descend_by_kernel(*args, passes=2, keep=moved[3]).cpu()
     assert (found.float() == better.float()).float().mean() > 0.995
     assert not torch.equal(better.float(), codes.float()) or columns == 8
+
+
+def in_float64(weight, gram, qparams, groups, grid):
+    """GPTQ as in the paper, column by column with the inverse updated, in float64."""
+    w, inverse, codes = weight.double(), torch.linalg.inv(gram.double()), []
+    for j in range(w.shape[1]):
+        scale = qparams.effective()[:, groups[j]].double()
+        zero = 0.0 if qparams.zero_point is None else qparams.zero_point[:, groups[j]].double()
+        code = grid.nearest_(w[:, j] / scale + zero)
+        codes.append(code)
+        error = (w[:, j] - (code - zero) * scale) / inverse[j, j]
+        w = w - error[:, None] * inverse[j]
+        inverse = inverse - inverse[:, j, None] * inverse[j] / inverse[j, j]
+        inverse[j, j] = 1.0  # done with
+    return torch.stack(codes, 1)
+
+
+@pytest.mark.parametrize("kind", ["int4 group", "int3 channel asym"])
+def test_an_ill_conditioned_problem_against_float64(kind, monkeypatch):
+    """The largest eigenvalue of the Gram matrix is a million times the least."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr("bitpress.math.kernels.columns.COLUMNS", 16)
+        monkeypatch.setattr("bitpress.math.kernels.columns.STRIP", 8)
+    grid = Grid(per_tensor=False, scale_dtype=torch.bfloat16, **GRIDS[kind])
+    weight, _, _, groups = problem(17, 20, grid, 0)
+    generator = torch.Generator().manual_seed(1)
+    mix = torch.linalg.qr(torch.randn(20, 20, generator=generator, dtype=torch.float64)).Q
+    gram = ((mix * torch.logspace(0, 6, 20, dtype=torch.float64)) @ mix.T).float()
+    assert torch.linalg.cond(gram.double()) > 9e5
+    qparams = find_qparams(weight, grid, gram.diagonal(), search=True)
+    args = (weight.to(DEVICE), inverse_factor(gram).to(DEVICE), qparams.to(DEVICE), groups.to(DEVICE), grid)
+    found = sweep_by_kernel(*args).cpu()
+    expected = in_float64(weight, gram, qparams, groups, grid)
+    assert (found.double() == expected).float().mean() > 0.98
+    lost = []
+    for codes in (found, expected):
+        delta = dequantize(codes.to(grid.code_dtype), qparams).double() - weight.double()
+        lost.append(float(((delta @ gram.double()) * delta).sum()))
+    assert lost[0] == pytest.approx(lost[1], rel=0.02)
 
 
 @pytest.mark.parametrize("kind", GRIDS)

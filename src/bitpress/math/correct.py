@@ -28,7 +28,7 @@ def correction(drift: Tensor, paired: Tensor, strength: float, dampening: float 
         dampening: see above.
 
     Raises:
-        NumericsError: the sums are not finite.
+        NumericsError: the sums are not finite, or without damping say nothing about some direction.
     """
     damped = paired.double()
     mean = damped.diagonal().mean()
@@ -36,5 +36,7 @@ def correction(drift: Tensor, paired: Tensor, strength: float, dampening: float 
     factor, info = torch.linalg.cholesky_ex(damped)
     solved: Tensor = torch.cholesky_solve(drift.double().T, factor).T
     if not (torch.isfinite(solved).all() & (info == 0)):
+        if torch.isfinite(paired).all() and torch.isfinite(drift).all():
+            raise NumericsError("the drift of the inputs cannot be undone: their Gram matrix is singular")
         raise NumericsError("NaN or infinity in the input activations")
     return strength * solved.float()

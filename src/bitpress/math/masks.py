@@ -98,7 +98,7 @@ def holds(weight: Tensor, structure: Structure) -> Tensor:
 def find_structure(weight: Tensor) -> Structure | None:
     """The tightest pattern that holds of 2:4, 4:8 and 8:16; None if there is none."""
     known = [Structure(*numbers) for numbers in KNOWN]
-    found = torch.stack([holds(weight, structure) for structure in known]).tolist()
+    found = torch.stack([holds(weight, structure) for structure in known]).tolist() if weight.numel() else [False] * 3
     return next((structure for structure, held in zip(known, found, strict=True) if held), None)
 
 
