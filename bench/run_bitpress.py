@@ -60,6 +60,7 @@ def main() -> None:
 
     rows = windows(AutoTokenizer.from_pretrained(args.model), args.text, args.samples, args.length, args.seed)
     data = {} if args.method == "rtn" else calibration(rows)
+    data |= {"propagate": False} if args.effort == "fast" else {}  # part of that effort
     quantize = timed(
         lambda: oneshot(model=args.model, recipe=recipe(args), output_dir=args.out, seed=args.seed, **data)
     )

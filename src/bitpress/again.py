@@ -37,8 +37,8 @@ TRAINING = {
 }  # fmt: skip
 # what the recipe holds, where the run goes, and what changes nothing in what is written
 IDLE = (
-    "model", "recipe", "scheme", "bits", "group_size", "method", "effort", "ignore", "output_dir", "stage", "resume",
-    "fresh", "progress", "verb", "training", "preprocessing_num_workers",
+    "model", "recipe", "scheme", "bits", "group_size", "method", "effort", "sparsity", "ignore", "output_dir", "stage",
+    "resume", "fresh", "progress", "verb", "training", "preprocessing_num_workers",
 )  # fmt: skip
 SPLITS = {"calibration": "--split", "train": "--train-split", "validation": "--eval-split"}
 # the command line has other defaults than Python, so these are always said

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 # what `oneshot` takes beside the arguments of both
-RUN = (*OF_TRAINING, "scheme", "bits", "group_size", "method", "effort", "ignore", "max_memory", "batch_size",
-       "min_expert_tokens", "propagate")  # fmt: skip
+RUN = (*OF_TRAINING, "scheme", "bits", "group_size", "method", "effort", "sparsity", "ignore", "max_memory",
+       "batch_size", "min_expert_tokens", "propagate")  # fmt: skip
 
 
 def apply(

@@ -1,4 +1,4 @@
-"""Recipes that are asked for by a scheme or a size, and by how much work to put in. Plain data, no torch.
+"""Recipes that are asked for by a scheme, a size or a sparsity, and by how much work to put in. Plain data, no torch.
 
 | effort   | what it does                                                                                           |
 |----------|--------------------------------------------------------------------------------------------------------|
@@ -6,7 +6,10 @@
 |          | uncompressed model (`oneshot(propagate=False)`)                                                        |
 | balanced | scales moved between modules first (AWQ; SmoothQuant where activations are integers), codes and scales |
 |          | refined after the sweep, part of the drift of inputs undone; no gradients                              |
-| best     | the same, then block tuning with gradients                                                             |
+| best     | the same, then block tuning with gradients where weights have less than 8 bits or are pruned: with 8   |
+|          | there is nothing to gain                                                                               |
+
+A sparsity prunes with SparseGPT before the quantizer; then no scales are moved.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ def asked_for(
     group_size: int | None = None,
     method: str | None = None,
     effort: str | None = None,
+    sparsity: str | float | None = None,
     ignore: str | list[str] | None = None,
     written: Any = None,
     spelled: Callable[[str], str] = str,
@@ -43,7 +47,10 @@ def asked_for(
     Raises:
         ConfigError: all that does not go together, or is unknown.
     """
-    given = {"scheme": scheme, "group_size": group_size, "method": method, "effort": effort, "ignore": ignore}
+    given = {
+        "scheme": scheme, "group_size": group_size, "method": method, "effort": effort, "sparsity": sparsity,
+        "ignore": ignore,
+    }  # fmt: skip
     there = [name for name, value in given.items() if value not in (None, [])]
     if written is not None:
         if there:
@@ -55,11 +62,19 @@ def asked_for(
     if bits is not None and (extra := [name for name in there if name in ("scheme", "group_size")]):
         names = ", ".join(map(spelled, extra))
         faults.append(f"{names}: cannot go with {spelled('bits')}, which chooses the schemes; drop one of them")
-    if scheme is None and bits is None:
+    dense = scheme is None and bits is None
+    if dense and sparsity is not None:
+        faults += [
+            f"{spelled(n)}: goes with {spelled('scheme')} or {spelled('bits')}"
+            for n in ("group_size", "method")
+            if n in there
+        ]
+    elif dense:
         what = f"{', '.join(map(spelled, there))}: nothing says what to make of the model"
         faults.append(
             f"{what if there else spelled('recipe') + ': missing'}; "
-            f"give {spelled('scheme')} (such as W4A16), {spelled('bits')} (such as 4.25) or {spelled('recipe')}"
+            f"give {spelled('scheme')} (such as W4A16), {spelled('bits')} (such as 4.25), {spelled('sparsity')} "
+            f"(such as 2:4) or {spelled('recipe')}"
         )
     for name, value, known in (("method", method, tuple(METHODS)), ("effort", effort, EFFORTS)):
         if value is not None and value not in known:
@@ -68,18 +83,28 @@ def asked_for(
         faults.append(f"{spelled('effort')}: goes with {spelled('method')} gptq; rounding to nearest has none")
     blockwise = isinstance(scheme, str) and scheme.lower() in BLOCKWISE
     if blockwise:
-        more = [n for n in ("method", "effort") if given[n] not in (None, "rtn")]
+        more = [n for n in ("method", "effort", "sparsity") if given[n] not in (None, "rtn")]
         faults += [f"{spelled(n)}: {str(scheme).upper()} is rounded to nearest by bitsandbytes; drop it" for n in more]
     if faults:
         raise ConfigError(faults)
+    pruning = None
+    if sparsity is not None:
+        pruning = {"SparseGPTModifier": {**_zeros(sparsity), "ignore": ignore or ["lm_head"]}}
     if blockwise:
         size = {} if group_size is None else {"blocksize": group_size}
         return {"BitsAndBytesModifier": {"quant_type": str(scheme).lower(), "ignore": ignore or ["lm_head"], **size}}
     keys: dict[str, Any] = {"ignore": ignore or ["lm_head"]}
     keys |= {key: given[key] for key in ("scheme", "group_size") if given[key] is not None}
     if effort is not None:
-        return recipe(cast(Effort, effort), keys)
-    return {METHODS[method or "gptq"]: keys}
+        return recipe(cast(Effort, effort), None if dense else keys, pruning)
+    return (pruning or {}) | ({} if dense else {METHODS[method or "gptq"]: keys})
+
+
+def _zeros(sparsity: Any) -> dict[str, Any]:
+    """The key of a pruning modifier that a sparsity means: a structure such as "2:4", which YAML 1.1 reads as 124 where
+    it is not quoted, or a share of zeros."""
+    structured = ":" in sparsity if isinstance(sparsity, str) else isinstance(sparsity, int) and sparsity >= 60
+    return {"mask_structure" if structured else "sparsity": sparsity}
 
 
 def recipe(effort: Effort, keys: dict[str, Any] | None, pruning: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -102,18 +127,31 @@ def recipe(effort: Effort, keys: dict[str, Any] | None, pruning: dict[str, Any] 
     if keys is not None:
         more = {"refine": 0} if effort == "fast" else {"correct": CORRECT, "dampening_frac": DAMPENING}
         modifiers["GPTQModifier"] = {**keys, **more}
-    if effort == "best":
+    if effort == "best" and (pruning or not _eight_bits(keys)):
         modifiers["TuneModifier"] = {"batch_size": 8} if pruning else {}
     return modifiers
 
 
+def _eight_bits(keys: dict[str, Any] | None) -> bool:
+    """Whether all weights keep 8 bits or more by what a quantizer's keys say."""
+    found = [] if keys is None else [weights for weights, _ in _rounded(keys)]
+    return bool(found) and all(bits >= 8 for bits in found)
+
+
 def integer_activations(keys: dict[str, Any]) -> bool:
     """Whether inputs are rounded to integers by what a quantizer's keys say."""
+    return any(inputs == "int" for _, inputs in _rounded(keys))
+
+
+def _rounded(keys: dict[str, Any]) -> list[tuple[int, str | None]]:
+    """Of each group of a quantizer's keys: bits of weights, type of inputs if they are rounded."""
     if "scheme" in keys:
         try:
-            inputs = preset(keys["scheme"]).input_activations
+            scheme = preset(keys["scheme"])
         except (RecipeError, AttributeError):  # the recipe's own reading says what is wrong with it
-            return False
-        return inputs is not None and inputs.type == "int"
-    groups = keys.get("config_groups") or {}
-    return any((g.get("input_activations") or {}).get("type", "float") == "int" for g in groups.values())
+            return []
+        inputs = scheme.input_activations
+        return [(scheme.weights.num_bits, None if inputs is None else inputs.type)]
+    groups = (keys.get("config_groups") or {}).values()
+    read = [((g.get("weights") or {}), (g.get("input_activations") or {})) for g in groups if isinstance(g, dict)]
+    return [(weights.get("num_bits", 0), inputs.get("type")) for weights, inputs in read]

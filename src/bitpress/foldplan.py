@@ -71,6 +71,11 @@ def find_smoothing(
     quantized = {s.module for s in sites if s.group is not None}
     if not any(isinstance(m, LinearModifier) and m.claims() for m in modifiers):
         quantized = {n for n, _ in linears_of(subject)}  # the stage leaves them dense; a later one may quantize
+    if any(m.smoothing == "smoothquant" and "sample" in m.needs for m in scaling) and not integer_inputs(sites):
+        made.faults.append(
+            "SmoothQuantModifier.smoothing_strength: 'search' weighs how inputs are rounded to integers (as at W8A8), "
+            "and no linear has such inputs; give a number from 0 to 1, or use AWQModifier"
+        )
     for modifier in scaling:
         chosen = _Choice(modifier, subject, quantized)
         for i, block in enumerate(in_blocks):
@@ -81,6 +86,12 @@ def find_smoothing(
         made.notes += _idle_ignores(modifier, subject)
         made.notes += chosen.notes()
     return made
+
+
+def integer_inputs(sites: Sequence[Site]) -> bool:
+    """Whether the input of any linear is rounded to integers."""
+    inputs = (s.scheme.input_activations for s in sites if s.scheme is not None)
+    return any(i is not None and i.type == "int" for i in inputs)
 
 
 def smoothed_sites(sites: Sequence[Site], smoothing: Smoothing, subject: Subject) -> list[Site]:
@@ -119,7 +130,10 @@ def _order_faults(modifiers: Sequence[Modifier]) -> list[str]:
         later = [m for m in modifiers[i:] if isinstance(m, LinearModifier) and m.claims()]
         if earlier:
             first = type(earlier[0]).__name__
-            faults.append(f"{type(modifier).__name__}: must come before {first}, which compresses what it would scale")
+            faults.append(
+                f"{type(modifier).__name__}: must come before {first}, which compresses what it would scale"
+                + (", or in a stage of its own after it" if isinstance(modifier, LinearModifier) else "")
+            )
         elif not later and modifier.for_rounding:
             faults.append(f"{type(modifier).__name__}: nothing after it quantizes; add a quantizer to the stage")
     return faults

@@ -33,6 +33,7 @@ def numerics_of(ready: Prepared, plan: Plan) -> dict[str, Any]:
         "attention": implementation(config, ready.device, ready.subject.dtype),
         "products": "float32" if not cuda and without_instructions(ready.subject.dtype) else "the dtype's",
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "solver_bytes": plan.solver_bytes if cuda else 0,  # what a GPU solves together
         "tuned_linears": sum(s.tuning is not None for s in plan.sites),  # memory may have ruled out experts
     }
 
@@ -40,7 +41,7 @@ def numerics_of(ready: Prepared, plan: Plan) -> dict[str, Any]:
 def adopt(recorded: dict[str, Any], now: dict[str, Any], output: Path) -> dict[str, Any]:
     """The recorded numerics, where this process can reproduce them."""
     fixed = ("processes", "device", "dtype", "attention", "products", "float32_matmul_precision", "tuned_linears")
-    recorded = {"processes": 1, "products": "the dtype's", **recorded}
+    recorded = {"processes": 1, "products": "the dtype's", "solver_bytes": now["solver_bytes"], **recorded}
     if different := [f"{k} was {recorded[k]}, is {now[k]}" for k in fixed if recorded[k] != now[k]]:
         raise PlanError(f"{output}: cannot go on with the same bits: {'; '.join(different)}. Start anew with --fresh")
     return recorded

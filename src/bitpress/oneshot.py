@@ -37,6 +37,7 @@ class Arguments:
     group_size: int | None = None
     method: str | None = None
     effort: str | None = None
+    sparsity: str | float | None = None
     ignore: str | list[str] | None = None
     tokenizer: Any = None
     splits: Any = None
@@ -143,6 +144,7 @@ def oneshot(
     group_size: int | None = None,
     method: Literal["gptq", "rtn"] | None = None,
     effort: Literal["fast", "balanced", "best"] | None = None,
+    sparsity: str | float | None = None,
     ignore: str | Sequence[str] | None = None,
     tokenizer: Any = None,
     processor: Any = None,
@@ -191,17 +193,18 @@ def oneshot(
         dataset: calibration data: a registered name ("ultrachat-200k", "gsm8k", ...), a hub id, a file or folder, a
             `datasets.Dataset`, a list of texts or of message lists, a DataLoader; None: a text that bitpress ships.
         recipe: path, YAML or JSON text, dict, modifier, or list of modifiers; see `bitpress.recipe`. In its place:
-            scheme or bits, which make a recipe of their own.
+            scheme, bits or sparsity, which make a recipe of their own.
         scheme: preset such as "W4A16"; see `bitpress.schemes`.
         bits: a size target: stored bits per weight on average over the compressed linears, scales and zero points
             counted. A survey finds out how much each linear matters and chooses its scheme. It goes to the recipe's
             modifier that quantizes, which then names no scheme.
         group_size: with scheme: input columns per scale in place of the preset's; -1 is one scale a row.
         method: with scheme or bits: "gptq", the default, or "rtn", which rounds to nearest.
-        effort: with scheme or bits: "fast" only sweeps, without `propagate`; "balanced" moves scales between layers
-            first and undoes part of the drift of the inputs, without gradients; "best" tunes each block with gradients
-            after that; see `bitpress.effort`. None: GPTQ with its defaults.
-        ignore: with scheme or bits: linears to leave, patterns of `bitpress.targets`. None: "lm_head".
+        effort: with scheme, bits or sparsity: "fast" only sweeps, without `propagate`; "balanced" moves scales between
+            layers first and undoes part of the drift of the inputs, without gradients; "best" tunes each block with
+            gradients after that; see `bitpress.effort`. None: GPTQ with its defaults.
+        sparsity: "2:4", another N:M, or a share of zeros: SparseGPT prunes, before the quantizer if there is a scheme.
+        ignore: with scheme, bits or sparsity: linears to leave, patterns of `bitpress.targets`. None: "lm_head".
         tokenizer: object or path; None: the model's own. `processor` is the same under another name.
         splits: split of the data: "train[:5%]", a list, or {"calibration": ..., "train": ...}.
         dataset_config_name: configuration of a hub dataset.
@@ -251,7 +254,7 @@ def oneshot(
     """
     arguments = Arguments(
         model=model, dataset=dataset, recipe=recipe, scheme=scheme, bits=bits, group_size=group_size, method=method,
-        effort=effort, ignore=ignore if ignore is None or isinstance(ignore, str) else list(ignore),
+        effort=effort, sparsity=sparsity, ignore=ignore if ignore is None or isinstance(ignore, str) else list(ignore),
         tokenizer=tokenizer if tokenizer is not None else processor,
         splits=splits, dataset_config_name=dataset_config_name, dataset_path=dataset_path, text_column=text_column,
         num_calibration_samples=num_calibration_samples, max_seq_length=max_seq_length,

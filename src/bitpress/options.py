@@ -72,6 +72,9 @@ EffortChoice = Annotated[
     EffortOption | None,
     typer.Option(help="With --scheme or --bits: fast; balanced, no gradients; best, with block tuning."),
 ]
+SparsityOption = Annotated[
+    str | None, typer.Option(help="2:4, another N:M or a share of zeros: SparseGPT prunes, before any quantizer.")
+]
 Ignore = Annotated[
     list[str] | None, typer.Option(help="Linears to leave; repeatable. Default without --recipe: lm_head.")
 ]

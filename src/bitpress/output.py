@@ -179,7 +179,7 @@ class Output:
         if compared:
             device = compared[0][1].device  # what an earlier stage has solved lies on the CPU
             pairs = zip(compared, self.read_all(shard, [site for site, _ in compared], device), strict=True)
-            same = [(z.dense() == back.dense().to(z.device)).all().to(device) for (_, z), back in pairs]
+            same = [_equal(z.dense(), back.dense()).to(device) for (_, z), back in pairs]
             for (site, _), equal in zip(compared, torch.stack(same).tolist(), strict=True):
                 if not equal:
                     raise CheckpointError(
@@ -245,6 +245,13 @@ class Output:
         else:
             settings = formats.uncompressed_settings(*described)
         return config if settings is None else config | {"quantization_config": settings}
+
+
+def _equal(solved: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
+    """Whether all numbers are the same, one bool: `torch.equal` would wait for the device."""
+    if solved.dtype != back.dtype or solved.shape != back.shape:
+        return torch.zeros((), dtype=torch.bool)
+    return (solved == back.to(solved.device)).all()
 
 
 def read_site(file_of: Callable[[str], Path], site: Site, *, compressed: bool) -> Solved:

@@ -178,8 +178,8 @@ def prepare_together(args: Arguments) -> Prepared:
         return ready
     plans = []
     for made in ready.plans:
-        batch_size, gram_bytes = ranks.least(made.batch_size, made.gram_bytes)
-        plans.append(replace(made, batch_size=batch_size, gram_bytes=gram_bytes))
+        batch_size, gram_bytes, solver_bytes = ranks.least(made.batch_size, made.gram_bytes, made.solver_bytes)
+        plans.append(replace(made, batch_size=batch_size, gram_bytes=gram_bytes, solver_bytes=solver_bytes))
     return replace(ready, plans=tuple(plans))
 
 
@@ -244,7 +244,7 @@ def _chosen(args: Arguments) -> Recipe:
         return Recipe((Stage(DEFAULT_STAGE, "train", ()),))
     source = asked_for(
         scheme=args.scheme, bits=bits, group_size=args.group_size, method=args.method, effort=args.effort,
-        ignore=args.ignore, written=args.recipe,
+        sparsity=args.sparsity, ignore=args.ignore, written=args.recipe,
     )  # fmt: skip
     if bits is not None and (not isinstance(bits, int | float) or isinstance(bits, bool)):
         bits = 4.0  # what is no number is told elsewhere; a recipe without a scheme is still one

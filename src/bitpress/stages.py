@@ -262,6 +262,7 @@ def _run_stage(
         output = Output(
             place, log, len(plan.shards), compressed=packed, verify=args.verify, beside=ready.device.type == "cuda"
         )
+    plan = replace(plan, solver_bytes=numerics["solver_bytes"] or plan.solver_bytes)
     earlier = {site.name: z for site, z in done.solved}
 
     def inherited(site: Site) -> Solved:

@@ -299,6 +299,10 @@ REFUSED = {
     ),
     "nothing quantizes": ("llama", [AWQModifier()], ["AWQModifier: nothing after it quantizes"]),
     "wrong order": ("llama", [W8, AWQModifier()], ["AWQModifier: must come before QuantizationModifier"]),
+    "search without integers": (
+        "llama", [SmoothQuantModifier(smoothing_strength="search"), GPTQModifier(scheme="FP8", ignore=["lm_head"])],
+        ["SmoothQuantModifier.smoothing_strength: 'search' weighs how inputs are rounded to integers"],
+    ),
     "nothing to smooth": (
         "gpt_neox", [SmoothQuantModifier(), QuantizationModifier(scheme="W8A8", targets="re:.*dense_4h_to_h")],
         ["SmoothQuantModifier: nothing in this model can be smoothed", "nothing that reads it is quantized"],
@@ -326,6 +330,10 @@ def test_refused_before_anything_is_loaded(case, tmp_path):
     [
         ({"smoothing_strength": 1.2}, "smoothing_strength: must be from 0 to 1, got 1.2"),
         ({"smoothing_strength": "much"}, "smoothing_strength: expected a number or 'search', got 'much'"),
+        (
+            {"smoothing_strength": "search", "algorithm": "log_equalization"},
+            "smoothing_strength: 'search' goes with algorithm 'smoothquant'",
+        ),
         ({"mappings": []}, "mappings: empty, so nothing would be smoothed"),
         ({"mappings": "q_proj"}, "mappings: expected a list of mappings or null, got 'q_proj'"),
         ({"mappings": [["q_proj"]]}, "mappings[0]: expected [[layers that read], layer that is scaled]"),

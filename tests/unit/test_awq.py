@@ -119,6 +119,26 @@ def test_a_curve_is_searched_from_coarse_to_fine(monkeypatch):
     assert asked == [0, 4, 8, 12, 16, 20, 10, 14, 13, 15]
 
 
+def test_a_curve_far_above_what_is_to_be_undercut_is_given_up(monkeypatch):
+    asked = []
+
+    def error(readers, gram, s, lowest=0.0):
+        if s is not None:
+            asked.append(int(s[0]))
+        return torch.tensor(100.0) if s is None else lowest[0] + (s[0] - 10).abs()
+
+    curve, lowest = [torch.full((2,), float(i)) for i in range(21)], [97.0]
+    monkeypatch.setattr("bitpress.math.awq.rounding_error", lambda r, g, s: error(r, g, s, lowest))
+    assert (best_scale([], torch.eye(2), torch.arange(2), [curve], 0.1) == 1).all()
+    assert asked == [0, 4, 8, 12, 16, 20]  # 99 at best, and 90 to undercut
+    asked.clear()
+    lowest[0] = 91.0
+    assert (best_scale([], torch.eye(2), torch.arange(2), [curve], 0.1) == 1).all()
+    assert len(asked) > 6  # 93 at 8 and 12: between them it may well be below
+    lowest[0] = 88.0
+    assert best_scale([], torch.eye(2), torch.arange(2), [curve], 0.1)[0] == 10
+
+
 def test_scale_one_stays_where_nothing_is_better():
     w = torch.randint(-7, 8, (16, 32), generator=torch.Generator().manual_seed(0)).float()
     w[:, ::16] = 7.5  # every group's grid is exact

@@ -1,5 +1,7 @@
 """Recipes that are asked for by a scheme or a size, and an effort."""
 
+import json
+
 import pytest
 
 from bitpress import ConfigError, RecipeError, oneshot
@@ -26,6 +28,33 @@ def test_pruning_goes_before_the_quantizer_and_nothing_is_scaled():
     made = Recipe.load(recipe("best", KEYS, pruning)).stages[0].modifiers
     assert [type(m).__name__ for m in made] == ["SparseGPTModifier", "GPTQModifier", "TuneModifier"]
     assert list(recipe("balanced", None, pruning)) == ["SparseGPTModifier"]
+
+
+def test_a_sparsity_prunes_first():
+    assert asked_for(sparsity="2:4") == {"SparseGPTModifier": {"mask_structure": "2:4", "ignore": ["lm_head"]}}
+    assert asked_for(sparsity=124) == {"SparseGPTModifier": {"mask_structure": 124, "ignore": ["lm_head"]}}  # of YAML
+    made = asked_for(sparsity="0.5", scheme="W4A16", group_size=16, effort="best", ignore=["a"])
+    assert list(made) == ["SparseGPTModifier", "GPTQModifier", "TuneModifier"]
+    assert made["SparseGPTModifier"] == {"sparsity": "0.5", "ignore": ["a"]}
+    assert made["TuneModifier"] == {"batch_size": 8}
+    rounded = asked_for(sparsity="2:4", scheme="W4A16", method="rtn")
+    assert list(rounded) == ["SparseGPTModifier", "QuantizationModifier"]
+    assert list(asked_for(sparsity="2:4", effort="best")) == ["SparseGPTModifier", "TuneModifier"]
+    assert list(asked_for(sparsity="2:4", bits=4.5, effort="balanced")) == ["SparseGPTModifier", "GPTQModifier"]
+    for sparsity, key in (("2-4", "sparsity"), ("4:2", "mask_structure"), (1.5, "sparsity"), ("half", "sparsity")):
+        with pytest.raises(RecipeError, match=f"^SparseGPTModifier.{key}: "):
+            Recipe.load(asked_for(sparsity=sparsity))
+
+
+def test_eight_bits_are_not_tuned():
+    assert names("best", {"scheme": "W8A8"}) == ["SmoothQuantModifier", "GPTQModifier"]
+    assert names("best", {"scheme": "FP8_DYNAMIC"}) == ["AWQModifier", "GPTQModifier"]
+    assert names("best", {"scheme": "W4A8"})[-1] == "TuneModifier"
+    groups = {n: {"weights": {"num_bits": bits}, "targets": ["Linear"]} for n, bits in (("a", 8), ("b", 4))}
+    assert "TuneModifier" in recipe("best", {"config_groups": groups})
+    assert "TuneModifier" not in recipe("best", {"config_groups": {"a": groups["a"]}})
+    assert "TuneModifier" in recipe("best", {})  # of a size target
+    assert "TuneModifier" in recipe("best", {"scheme": "W8A8"}, {"SparseGPTModifier": {"mask_structure": "2:4"}})
 
 
 def test_integer_activations_are_smoothed():
@@ -61,11 +90,22 @@ def test_a_scheme_is_a_recipe():
         ({"scheme": "W4A16", "effort": 3}, "effort: 3 is unknown. Known: balanced, best, fast"),
         ({"scheme": "W4A16", "effort": "fast", "method": "rtn"}, "effort: goes with method gptq"),
         ({"scheme": "W4A16", "bits": 4.5, "effort": "fast"}, "scheme: cannot go with bits"),
+        ({"sparsity": "2:4", "method": "rtn", "group_size": 64}, "group_size: goes with scheme or bits"),
+        ({"sparsity": "2:4", "scheme": "NF4"}, "sparsity: NF4 is rounded to nearest by bitsandbytes; drop it"),
+        ({"sparsity": "2:4", "written": "W"}, "sparsity: cannot go with recipe"),
     ],
 )
 def test_what_does_not_go_together(arguments, message):
     with pytest.raises(ConfigError, match=message):
         asked_for(**arguments)
+
+
+def test_oneshot_takes_a_sparsity(tmp_path):
+    base, out = save(build("llama"), tmp_path / "base"), tmp_path / "out"
+    options = {"max_seq_length": 32, "num_calibration_samples": 4, "output_dir": out}
+    oneshot(base, token_rows(4), sparsity="2:4", scheme="W4A16", group_size=16, effort="balanced", **options)
+    rows = json.loads((out / "report.json").read_text())["layers"]
+    assert {row["mask"] for row in rows} == {"2:4"} and {row["scheme"] for row in rows} == {"W4A16 g16"}
 
 
 def test_oneshot_takes_an_effort(tmp_path):

@@ -41,6 +41,13 @@ def test_the_share_of_zeros_is_exact(sparsity, within):
             assert float(part[kept].min()) >= float(part[~kept].max())
 
 
+def test_a_share_below_one_leaves_a_weight():
+    scores = torch.rand(3, 20, generator=torch.Generator().manual_seed(0))
+    assert (keep_best(scores, 0.99, None, within="row").sum(1) == 1).all()
+    assert int(keep_best(scores, 0.999, None).sum()) == 1
+    assert not keep_best(scores, 1.0, None, within="row").any()
+
+
 def test_ties_go_by_position():
     assert keep_largest(torch.ones(2, 3), 2).tolist() == [[False, False, False], [False, True, True]]
     assert keep_best(torch.ones(1, 8), 0.5, Structure(2, 4)).tolist() == [[False, False, True, True] * 2]

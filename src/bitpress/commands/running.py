@@ -36,6 +36,7 @@ from bitpress.options import (
     Resume,
     Scheme,
     Seed,
+    SparsityOption,
     Split,
     StageName,
     TextColumn,
@@ -54,6 +55,7 @@ def run_arguments(
     group_size: GroupSize = None,
     method: MethodOption = None,
     effort: EffortChoice = None,
+    sparsity: SparsityOption = None,
     ignore: Ignore = None,
     recipe: RecipeFile = None,
     stage: StageName = None,
@@ -81,7 +83,7 @@ def run_arguments(
     """The options of a run, for every command that has them, as arguments of `bitpress.oneshot`."""
     if propagate is None and effort is not None:
         propagate = effort.value != "fast"
-    written = written_recipe(scheme, bits, group_size, method, effort, ignore, recipe)
+    written = written_recipe(scheme, bits, group_size, method, effort, sparsity, ignore, recipe)
     return {
         "model": model, "dataset": dataset, "recipe": written,
         "bits": bits, "splits": split, "dataset_config_name": dataset_config, "text_column": text_column,
@@ -126,6 +128,7 @@ def written_recipe(
     group_size: int | None,
     method: Method | None,
     effort: EffortOption | None,
+    sparsity: str | None,
     ignore: list[str] | None,
     recipe: str | None,
 ) -> Any:
@@ -135,7 +138,7 @@ def written_recipe(
     try:
         found = asked_for(
             scheme=scheme, bits=bits, group_size=group_size, method=method and method.value,
-            effort=effort and effort.value, ignore=ignore, written=recipe,
+            effort=effort and effort.value, sparsity=sparsity, ignore=ignore, written=recipe,
             spelled=lambda n: "--" + n.replace("_", "-"),
         )  # fmt: skip
     except ConfigError as error:

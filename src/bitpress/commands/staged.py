@@ -98,7 +98,7 @@ def _set(pairs: list[str]) -> dict[str, Any]:
 
 # options of a run that train does not have
 NOT_TRAINING = (
-    "scheme", "bits", "group_size", "method", "effort", "ignore", "num_samples", "max_memory", "batch_size",
+    "scheme", "bits", "group_size", "method", "effort", "sparsity", "ignore", "num_samples", "max_memory", "batch_size",
     "propagate",
 )  # fmt: skip
 NO_ARGUMENTS = ("bits", "max_memory", "batch_size", "num_calibration_samples", "propagate")

@@ -28,7 +28,8 @@ from bitpress.recipe import Recipe
 SMOOTHING = 0.8
 MAX_LENGTH = 2048
 # keys that say which recipe; where one is wrong, another recipe stands in while the other faults are looked for
-RECIPE = ("recipe", "scheme", "bits", "group_size", "method", "effort", "ignore", "smoothing_strength", "stage")
+RECIPE = ("recipe", "scheme", "bits", "group_size", "method", "effort", "sparsity", "ignore", "smoothing_strength",
+          "stage")  # fmt: skip
 DATA = ("dataset", "dataset_spec", "dataset_config_name", "dataset_path", "splits", "text_column", "tokenizer",
         "preprocessing_func", "separator", "separator_token")  # fmt: skip
 # types of arguments that are objects in Python
@@ -169,7 +170,7 @@ def _recipe(checker: Checker, own: RunKeys, keys: Mapping[str, Any], arguments: 
     if strength is not None and not 0 <= strength <= 1:
         checker.fault(("smoothing_strength",), f"must be from 0 to 1, got {strength}")
         return
-    beside = [k for k in ("recipe", "bits", "effort") if keys.get(k) is not None]
+    beside = [k for k in ("recipe", "bits", "effort", "sparsity") if keys.get(k) is not None]
     if checker.document.has(("smoothing_strength",)) and strength and (beside or scheme is None):
         what = f"cannot go with {', '.join(beside)}" if beside else "goes with scheme, which is missing"
         checker.fault(("smoothing_strength",), f"{what}; write a SmoothQuantModifier into a recipe")

@@ -41,7 +41,8 @@ def keep_best(
 
     Args:
         scores: (R, C), not negative; -1 marks weights that go first.
-        sparsity: share of zeros, if there is no structure: round(sparsity * weights) of the layer or of each row.
+        sparsity: share of zeros, if there is no structure: round(sparsity * weights) of the layer or of each row, but
+            below 1 never all.
         structure: exactly so many zeros in each group of columns.
         within: which weights compete, if there is no structure.
     """
@@ -51,8 +52,13 @@ def keep_best(
     if within == "row":
         order = torch.argsort(scores, dim=1, stable=True)
         keep = torch.ones(R, C, dtype=torch.bool, device=scores.device)
-        return keep.scatter_(1, order[:, : round(sparsity * C)], False)
-    return keep_largest(scores, R * C - round(sparsity * R * C))
+        return keep.scatter_(1, order[:, : _zeros(sparsity, C)], False)
+    return keep_largest(scores, R * C - _zeros(sparsity, R * C))
+
+
+def _zeros(sparsity: float, count: int) -> int:
+    """Zeros among so many weights: not all by rounding alone, as a layer without any weight cuts a model in two."""
+    return min(round(sparsity * count), count - (sparsity < 1))
 
 
 def keep_in_groups(scores: Tensor, structure: Structure) -> Tensor:
@@ -98,8 +104,8 @@ def holds(weight: Tensor, structure: Structure) -> Tensor:
 def find_structure(weight: Tensor) -> Structure | None:
     """The tightest pattern that holds of 2:4, 4:8 and 8:16; None if there is none."""
     known = [Structure(*numbers) for numbers in KNOWN]
-    found = torch.stack([holds(weight, structure) for structure in known]).tolist() if weight.numel() else [False] * 3
-    return next((structure for structure, held in zip(known, found, strict=True) if held), None)
+    found = torch.stack([holds(weight, structure) for structure in known]).tolist() if weight.numel() else []
+    return next((structure for structure, held in zip(known, found, strict=False) if held), None)
 
 
 def pruned(weight: Tensor) -> Tensor | None:

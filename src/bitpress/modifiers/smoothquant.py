@@ -52,6 +52,8 @@ class SmoothQuantModifier(ScaleModifier):
         found = super().faults()
         if self.smoothing_strength != "search" and not 0 <= self.smoothing_strength <= 1:
             found.append(f"smoothing_strength: must be from 0 to 1, got {self.smoothing_strength}")
+        if self.smoothing_strength == "search" and self.algorithm == "log_equalization":
+            found.append("smoothing_strength: 'search' goes with algorithm 'smoothquant'; the other has none")
         return found
 
     def notes(self) -> list[str]:

@@ -40,7 +40,7 @@ class SparseGPTModifier(ProfileModifier):
         sparsity_profile: "owl" spreads sparsity over the decoder blocks (Yin et al. 2023, arXiv 2310.05175): a
             survey counts their outliers, and blocks with more are pruned less. Default: none.
         owl_m: weights above so many times the mean score count as outliers. Default: 5.
-        owl_lmbda: how far a block's sparsity may be from the mean. Default: 0.08.
+        owl_lmbda: half of how far the lowest and the highest sparsity of a block may lie apart. Default: 0.08.
         sequential_update: has no effect. Default: none.
         sequential_targets: has no effect. Default: none.
         offload_hessians: has no effect. Default: none.
