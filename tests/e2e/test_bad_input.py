@@ -528,7 +528,12 @@ def cli(monkeypatch, capsys, *words):
     ("code", "words", "options"),
     [
         (1, "RecipeError: GPTQModifier.scheme: 'W4A61' is unknown. Did you mean 'W4A16'?", ["--scheme", "W4A61"]),
-        (1, "ConfigError: --recipe: missing; give --scheme (such as W4A16), --bits (such as 4.25) or --recipe", []),
+        (
+            1,
+            "ConfigError: --recipe: missing; give --scheme (such as W4A16), --bits (such as 4.25), --sparsity (such as "
+            "2:4) or --recipe",
+            [],
+        ),
         (1, "ConfigError: --recipe: none.yaml: no such file", ["--recipe", "none.yaml"]),
         (1, "ConfigError: --scheme: cannot go with --recipe", ["--recipe", "none.yaml", "--scheme", "W4A16"]),
         (1, "ConfigError: --group-size: cannot go with --recipe", ["--recipe", "none.yaml", "--group-size", "0"]),
