@@ -177,8 +177,10 @@ class Output:
         file = self.work / f"model-{shard + 1:05d}-of-{self.shards:05d}.safetensors"
         write_shard(file, tensors)
         if compared:
-            device = compared[0][1].device  # what an earlier stage has solved lies on the CPU
+            first = compared[0][1]
+            device = (first.quantized[0] if first.weight is None else first.weight).device
             pairs = zip(compared, self.read_all(shard, [site for site, _ in compared], device), strict=True)
+            # what an earlier stage has solved lies on the CPU
             same = [_equal(z.dense(), back.dense()).to(device) for (_, z), back in pairs]
             for (site, _), equal in zip(compared, torch.stack(same).tolist(), strict=True):
                 if not equal:

@@ -222,11 +222,6 @@ class Solved:
         return dequantize(codes, qparams)
 
     @property
-    def device(self) -> torch.device:
-        """Where its numbers lie."""
-        return (self.quantized[0] if self.weight is None else self.weight).device
-
-    @property
     def quantized(self) -> tuple[Tensor, QParams]:
         """Codes and their parameters; only for a quantized linear."""
         assert self.codes is not None and self.qparams is not None
