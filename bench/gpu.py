@@ -67,8 +67,8 @@ WITHOUT_DATA = {"rtn", "fp8", "nvfp4"}  # bound by the disk
 STEPS = {
     "statistics": ("bitpress.math.stats.StatsAccumulator.add",),
     "factor": ("bitpress.math.gptq.inverse_factor",),
-    "sweep": ("bitpress.math.gptq.sweep", "bitpress.math.gptq.descend", "bitpress.math.gptq.refit_each"),
-    "scales": ("bitpress.math.gptq.find_all", "bitpress.math.rtn.find_all"),
+    "sweep": ("bitpress.math.gptq.sweep", "bitpress.math.gptq.descend", "bitpress.math.gptq.refit_scales"),
+    "scales": ("bitpress.math.gptq._find", "bitpress.math.rtn.find_all"),
     "pack": ("bitpress.output.Output.write",),
 }
 
@@ -162,8 +162,8 @@ def measure(model: Path, out: Path, rows: list[list[int]], case: str, args: argp
     share = {} if least is None else {"limit_seconds": least, "share_of_limit": least / seconds}
     return {
         "case": case, "tool": "bitpress", "seconds_per_block": seconds, **share, "phases": phases, **split,
-        "whole_run_seconds": totals["seconds"], "device_gb": totals["peak_device_bytes"] / 1e9,
-        "host_gb": totals["peak_host_bytes"] / 1e9,
+        "finish_seconds": totals["seconds_by_phase"]["finish"], "whole_run_seconds": totals["seconds"],
+        "device_gb": totals["peak_device_bytes"] / 1e9, "host_gb": totals["peak_host_bytes"] / 1e9,
     }  # fmt: skip
 
 
@@ -179,10 +179,11 @@ def _split(model: Path, out: Path, rows: list[list[int]], case: str, args: argpa
 
 
 def per_block(totals: dict[str, Any], blocks: int) -> dict[str, float]:
-    """Seconds by phase of a block in the middle of a model: the last one feeds no other, and a run prepares once."""
-    phases = {name: s / blocks for name, s in totals["seconds_by_phase"].items() if name != "prepare"}
-    if "propagate" in phases and blocks > 1:
-        phases["propagate"] *= blocks / (blocks - 1)
+    """Seconds by phase of a block in the middle of a model: a run prepares and finishes once, and its last block feeds
+    no other and is written while the run finishes."""
+    phases = {name: s / blocks for name, s in totals["seconds_by_phase"].items() if name not in ("prepare", "finish")}
+    for name in {"propagate", "write"} & set(phases):
+        phases[name] *= blocks / max(1, blocks - 1)
     return phases
 
 

@@ -11,9 +11,10 @@ from torch import Tensor
 from bitpress import formats
 from bitpress.errors import NumericsError
 from bitpress.math.activations import static_scale
-from bitpress.math.grid import Solved, global_scale
+from bitpress.math.grid import Solved
 from bitpress.math.lost import relative_error
 from bitpress.math.masks import holds, pruned_each
+from bitpress.math.scales import global_scale
 from bitpress.math.stats import InputStats
 from bitpress.modifiers.base import PruningModifier
 from bitpress.modifiers.quantization import SchemeGroup, SchemeModifier

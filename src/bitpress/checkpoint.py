@@ -180,7 +180,9 @@ def on_device(file: Path, device: torch.device) -> Callable[[str], Tensor]:
     def get(name: str) -> Tensor:
         entry = header[name]
         begin, end = entry["data_offsets"]
-        return there[begin:end].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        # int64 are shapes: numbers for Python, for which the device would be waited for
+        held = whole if entry["dtype"] == "I64" else there
+        return held[begin:end].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
 
     return get
 

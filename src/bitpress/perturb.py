@@ -13,8 +13,9 @@ from bitpress import chain
 from bitpress.blocks import Batch, collect
 from bitpress.errors import NumericsError
 from bitpress.formats import grid_of
-from bitpress.math.grid import dequantize, find_all, quantize
+from bitpress.math.grid import dequantize, quantize
 from bitpress.math.lost import relative_error
+from bitpress.math.scales import find_all
 from bitpress.math.stats import InputStats
 from bitpress.math.wanda import wanda
 from bitpress.modifiers.quantization import SchemeGroup, SchemeModifier

@@ -52,7 +52,7 @@ def execute(run: Run) -> None:
         if run.output is not None:
             clock = time.perf_counter()
             run.output.settle()
-            run.timed("write", clock)
+            run.timed("finish", clock)
     finally:
         run.beside.close()
         if run.output is not None:
@@ -207,7 +207,7 @@ def _outside(run: Run, states: HiddenStates) -> None:
     _install(run, results, None)
     run.progress.at(total, "writing", 0.7)
     _store(run, total, None, results, {}, None)
-    run.timed("write", clock)
+    run.timed("finish", clock)
 
 
 def _install(run: Run, results: list[Result], folding: Folding | None) -> None:

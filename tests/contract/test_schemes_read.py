@@ -11,7 +11,8 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationScheme
 
 from bitpress import formats, oneshot
-from bitpress.math.grid import Solved, find_qparams, quantize, values_of
+from bitpress.math.grid import Solved, quantize, values_of
+from bitpress.math.scales import find_qparams
 from bitpress.schemes import QuantArgs, Scheme, preset, scheme_from_group
 from bitpress.transformers import SparseAutoModelForCausalLM
 from conftest import build, save, token_rows

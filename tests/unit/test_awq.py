@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from bitpress.math.awq import Reader, best_scale, candidates, clipped, relative_weight, rounding_error
-from bitpress.math.grid import Grid, dequantize, find_qparams, quantize
+from bitpress.math.grid import Grid, dequantize, quantize
 from bitpress.math.rtn import round_all
+from bitpress.math.scales import find_qparams
 from bitpress.math.smoothquant import by_channel
 
 GRIDS = {

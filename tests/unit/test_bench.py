@@ -18,14 +18,14 @@ def bench():
 
 
 def test_the_timed_steps_are_there(bench, monkeypatch):
-    before = solver.sweep, solver.refit_each
+    before = solver.sweep, solver.refit_scales
     with bench.timed({}):
-        assert solver.sweep is not before[0] and solver.refit_each is not before[1]
-    assert (solver.sweep, solver.refit_each) == before
+        assert solver.sweep is not before[0] and solver.refit_scales is not before[1]
+    assert (solver.sweep, solver.refit_scales) == before
     monkeypatch.setitem(bench.STEPS, "gone", ("bitpress.math.gptq.nothing",))
     with pytest.raises(AttributeError), bench.timed({}):
         pass
-    assert (solver.sweep, solver.refit_each) == before
+    assert (solver.sweep, solver.refit_scales) == before
 
 
 def test_the_limit_counts_the_products_of_a_block(bench, monkeypatch):

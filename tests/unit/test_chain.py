@@ -5,8 +5,9 @@ import torch
 
 from bitpress.chain import check_zeros, solve
 from bitpress.errors import NumericsError
-from bitpress.math.grid import Grid, Solved, find_qparams
+from bitpress.math.grid import Grid, Solved
 from bitpress.math.masks import Structure, find_structure, holds
+from bitpress.math.scales import find_qparams
 from bitpress.math.stats import InputStats
 from bitpress.modifiers import GPTQModifier, MagnitudePruningModifier, QuantizationModifier, SparseGPTModifier
 from bitpress.sites import Step

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from bitpress.math.descent import descend
-from bitpress.math.grid import Grid, QParams, dequantize, find_qparams, quantize
+from bitpress.math.grid import Grid, QParams, dequantize, quantize
+from bitpress.math.scales import find_qparams
 
 
 def normal(*shape, seed=0):

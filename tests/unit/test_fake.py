@@ -7,7 +7,8 @@ import torch
 
 from bitpress import formats
 from bitpress.math.fake import learned_weight, round_weight, shares_of, shifted
-from bitpress.math.grid import dequantize, find_all, find_qparams, quantize
+from bitpress.math.grid import dequantize, quantize
+from bitpress.math.scales import find_all, find_qparams
 from bitpress.schemes import preset
 
 SCHEMES = ["W4A16", "W4A16_ASYM", "W8A8", "FP8", "FP8_BLOCK", "NVFP4A16", "MXFP4A16"]

@@ -8,7 +8,8 @@ import torch
 
 from bitpress import formats
 from bitpress.formats import bits, small_floats
-from bitpress.math.grid import QParams, Solved, dequantize, find_qparams, quantize, values_of
+from bitpress.math.grid import QParams, Solved, dequantize, quantize, values_of
+from bitpress.math.scales import find_qparams
 from bitpress.schemes import QuantArgs, Scheme, preset
 
 WIDTHS = range(2, 9)

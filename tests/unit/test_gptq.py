@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from bitpress.errors import NumericsError
-from bitpress.math.gptq import gptq
-from bitpress.math.grid import Grid, find_all, find_qparams, quantize, values_of
+from bitpress.math.gptq import gptq, gptq_each
+from bitpress.math.grid import Grid, quantize, values_of
 from bitpress.math.masks import Structure, holds, keep_best
 from bitpress.math.rtn import round_to_nearest
+from bitpress.math.scales import find_all, find_qparams
 from bitpress.math.sparsegpt import sparsegpt
 from bitpress.math.stats import InputStats
 
@@ -167,6 +168,29 @@ def test_weights_of_one_input_are_solved_as_if_alone(strategy, symmetric):
         assert joint.codes.shape == weight.shape and joint.codes.is_contiguous()
         assert int((joint.codes != alone.codes).any(1).sum()) <= 1
         assert float(joint.error) == pytest.approx(float(alone.error), rel=0.02)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["dense", "pruned"])
+@pytest.mark.parametrize("observer", ["hessian", "mse"])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize(
+    ("strategy", "order"), [("tensor", False), ("channel", True), ("group", True), ("group", False)]
+)
+def test_several_inputs_together_are_as_each_alone(strategy, order, symmetric, observer, masked):
+    problems = [([normal(8, 60, seed=s), normal(4, 60, seed=s + 9) * 3], correlated(60, seed=s)) for s in (1, 2, 3)]
+    if masked:  # one linear of one input
+        problems[1][0][1] *= keep_best(problems[1][0][1].abs(), 0.5, Structure(2, 4))
+    grid = grid_for(strategy, 3, symmetric)
+    ways = {"observer": observer, "order": order, "regroup": False, "block_size": 16}
+    ways |= {"dampening_frac": 0.01, "refine": 1, "correct": 0.0}
+    for found, problem in zip(gptq_each(problems, grid, **ways), problems, strict=True):
+        (alone,) = gptq_each([problem], grid, **ways)
+        for a, b, weight in zip(found, alone, problem[0], strict=True):
+            assert a.codes.shape == weight.shape and torch.equal(a.codes, b.codes)
+            assert torch.equal(a.qparams.scale, b.qparams.scale) and a.qparams.scale.shape == b.qparams.scale.shape
+            assert symmetric or torch.equal(a.qparams.zero_point, b.qparams.zero_point)
+            assert float(a.error) == pytest.approx(float(b.error), rel=1e-2)
+            assert not bool(a.dense()[weight == 0].any())
 
 
 def test_inputs_stay_as_they_are_and_runs_repeat():

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from bitpress.math import grid as grid_module
-from bitpress.math.grid import SHRINK, Grid, QParams, dequantize, find_all, find_qparams, quantize, values_of
+from bitpress.math.grid import SHRINK, Grid, QParams, dequantize, quantize, values_of
 from bitpress.math.lost import solved
 from bitpress.math.rtn import round_to_nearest
+from bitpress.math.scales import find_all, find_qparams
 
 R, C, SIZE = 6, 48, 16
 STRATEGIES = ["tensor", "channel", "group"]

@@ -6,7 +6,8 @@ import torch
 pytest.importorskip("triton")
 
 from bitpress.math.descent import descend, descend_by_kernel
-from bitpress.math.grid import Grid, QParams, dequantize, find_qparams
+from bitpress.math.grid import Grid, QParams, dequantize
+from bitpress.math.scales import find_qparams
 from bitpress.math.sweep import inverse_factor, sweep, sweep_by_kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -98,8 +99,8 @@ def test_an_ill_conditioned_problem_against_float64(kind, monkeypatch):
 @pytest.mark.parametrize("kind", GRIDS)
 @pytest.mark.parametrize(("rows", "columns"), [(5, 8), (17, 136)])
 def test_the_losses_of_the_scale_search(kind, rows, columns):
-    from bitpress.math.grid import _squared_error
     from bitpress.math.kernels.search import losses_of
+    from bitpress.math.scales import _squared_error
 
     size = None if "channel" in kind else 8
     grid = Grid(per_tensor=False, scale_dtype=torch.bfloat16, **{**GRIDS[kind], "group_size": size})
@@ -112,6 +113,20 @@ def test_the_losses_of_the_scale_search(kind, rows, columns):
         importance = gram.diagonal().reshape(1, G, -1)
         expected = _squared_error(weight.reshape(rows, G, -1), candidate, importance, grid)
         torch.testing.assert_close(loss.cpu(), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_the_scale_search_of_several_inputs_has_the_importance_of_each():
+    from bitpress.math.kernels.search import losses_of
+
+    grid = Grid(per_tensor=False, scale_dtype=torch.bfloat16, **GRIDS["int4 group"])
+    weight, gram, _, _ = problem(10, 24, grid, 3)
+    tried = QParams.stack([find_qparams(weight, grid, share=share).to(DEVICE) for share in (1.05, 0.8)])
+    importance = torch.stack([gram.diagonal(), gram.diagonal().flip(0)]).to(DEVICE)
+    found = losses_of(weight.to(DEVICE), tried, importance, grid)
+    for i, rows in enumerate((slice(0, 5), slice(5, 10))):
+        mine = QParams(tried.scale[:, rows], None)
+        expected = losses_of(weight[rows].to(DEVICE), mine, importance[i], grid)
+        torch.testing.assert_close(found[:, rows], expected)
 
 
 @pytest.mark.parametrize(("rows", "groups", "size"), [(5, 3, 16), (70, 2, 64), (3, 1, 128)])

@@ -6,8 +6,9 @@ import torch
 from bitpress.errors import NumericsError
 from bitpress.math.correct import correction
 from bitpress.math.gptq import gptq
-from bitpress.math.grid import Grid, dequantize, find_qparams, quantize
-from bitpress.math.refit import RIDGE, refit_each, refit_scales
+from bitpress.math.grid import Grid, QParams, dequantize, quantize
+from bitpress.math.refit import RIDGE, refit_scales
+from bitpress.math.scales import find_qparams
 from bitpress.math.stats import InputStats, StatsAccumulator
 
 C = 24
@@ -55,20 +56,21 @@ def test_scales_are_those_of_the_normal_equations(group_size, symmetric):
     assert (after <= before * (1 + 1e-5)).all() and after.sum() < before.sum()
 
 
-@pytest.mark.parametrize("rows", [1, 3, 1 << 20])
-def test_several_inputs_together_are_as_each_alone(rows, monkeypatch):
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("rows", [1, 3, 11, 1 << 20])
+def test_several_inputs_together_are_as_each_alone(rows, symmetric, monkeypatch):
     monkeypatch.setattr("bitpress.math.refit.CHUNK", rows * C)
-    grid = grid_of()
+    grid = grid_of(symmetric=symmetric)
     posed = []
     for seed in range(4):
         weight, gram = normal(5, C, seed=seed), gram_of(seed)
         q = find_qparams(weight, grid)
         posed.append((weight @ gram, quantize(weight, q, grid), gram, q))
-    together = refit_each(*zip(*posed, strict=True), grid)
-    assert len(together) == 4
-    for q, one in zip(together, posed, strict=True):
-        assert torch.equal(q.scale, refit_scales(*one, grid).scale)
-        assert not torch.equal(q.scale, one[3].scale)
+    stacked = [torch.stack(parts) for parts in list(zip(*posed, strict=True))[:3]]
+    together = refit_scales(*stacked, QParams.stack([q for *_, q in posed]), grid)
+    for e, one in enumerate(posed):
+        assert torch.equal(together.of(e).scale, refit_scales(*one, grid).scale)
+        assert not torch.equal(together.of(e).scale, one[3].scale)
 
 
 @pytest.mark.parametrize("keys", [{"per_tensor": True, "group_size": None}, {"block_rows": 2}])

@@ -7,7 +7,8 @@ import torch
 
 from bitpress.math.activations import dynamic_scales, static_scale
 from bitpress.math.awq import Reader
-from bitpress.math.grid import Grid, QParams, dequantize, find_qparams, quantize
+from bitpress.math.grid import Grid, QParams, dequantize, quantize
+from bitpress.math.scales import find_qparams
 from bitpress.math.smoothquant import (
     column_max,
     log_equalization_scale,

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from bitpress.errors import NumericsError
-from bitpress.math.grid import Grid, QParams, dequantize, find_qparams, quantize
+from bitpress.math.grid import Grid, QParams, dequantize, quantize
+from bitpress.math.scales import find_qparams
 from bitpress.math.sweep import LEAF, by_columns, inverse_by_halves, inverse_factor, sweep, walk
 
 

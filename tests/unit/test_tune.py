@@ -9,10 +9,11 @@ import torch
 
 from bitpress.errors import RecipeError
 from bitpress.math.gptq import gptq
-from bitpress.math.grid import Grid, Solved, dequantize, find_qparams, quantize, values_of
+from bitpress.math.grid import Grid, Solved, dequantize, quantize, values_of
 from bitpress.math.lost import solved
 from bitpress.math.masks import Structure, holds, keep_best
 from bitpress.math.objective import Divergence, token_weights
+from bitpress.math.scales import find_qparams
 from bitpress.math.stats import InputStats
 from bitpress.math.tune import Settings, Start, ideal_weight, tune, usual_lr
 from bitpress.modifiers import TuneModifier

@@ -16,9 +16,10 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from bitpress.math.grid import CHUNK, LARGE_CHUNK, Grid, QParams, Solved, dequantize, find_qparams, least, quantize
+from bitpress.math.grid import CHUNK, LARGE_CHUNK, Grid, QParams, Solved, dequantize, quantize
 from bitpress.math.lost import solved
 from bitpress.math.products import bfloat16_products
+from bitpress.math.scales import find_qparams, least
 
 SMALLEST = 1e-4  # of a scale before normalization
 HOPELESS, ENOUGH = 1.05, 5  # times the error to undercut: between so many points none is so much better
@@ -152,7 +153,7 @@ def clipped(weights: Sequence[Tensor], grid: Grid, gram: Tensor) -> list[Solved]
     A group's error is dw G_gg dw^T with its own block of the Gram matrix: what the paper measures on samples.
 
     Args:
-        weights: each (R_i, C) float32; on a fused grid they share what must be shared, see `grid.find_all`.
+        weights: each (R_i, C) float32; on a fused grid they share what must be shared, see `scales.find_all`.
         gram: (C, C) of their input.
     """
     if grid.fused and len(weights) > 1:

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitpress.math.grid import Grid, QParams, dequantize, find_all, quantize, values_of
+from bitpress.math.grid import Grid, QParams, dequantize, quantize, values_of
+from bitpress.math.scales import find_all
 
 
 def straight(x: Tensor, rounded: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -19,11 +18,12 @@ from torch import Tensor
 from bitpress.errors import NumericsError
 from bitpress.math.correct import correction
 from bitpress.math.descent import descend
-from bitpress.math.grid import Grid, QParams, Solved, find_all
-from bitpress.math.lost import solved
+from bitpress.math.grid import Grid, QParams, Solved
+from bitpress.math.lost import solved_each
 from bitpress.math.masks import pruned_each
 from bitpress.math.products import product
-from bitpress.math.refit import refit_each
+from bitpress.math.refit import refit_scales
+from bitpress.math.scales import find_all, find_qparams
 from bitpress.math.stats import InputStats
 from bitpress.math.sweep import inverse_factor, sweep
 
@@ -94,48 +94,34 @@ def gptq_each(
             refine=refine, correct=correct,
         )  # fmt: skip
         return [[_unsorted(z, p, grid.group_size) for z in zs] for zs, p in zip(in_order, perms, strict=True)]
-    if not torch.stack([torch.isfinite(stats.needed_gram).all() for _, stats in problems]).all():
+    grams = _stack([stats.needed_gram for _, stats in problems])
+    if not torch.isfinite(grams).all():
         raise NumericsError("NaN or infinity in the input activations")
-    masks = iter(pruned_each([w for weights, _ in problems for w in weights]))
-    posed = [
-        _pose(weights, [next(masks) for _ in weights], stats, grid, observer, order, dampening_frac, correct)
-        for weights, stats in problems
-    ]
-    wanted, ordered, groups = (_stack([getattr(p, name) for p in posed]) for name in ("wanted", "ordered", "groups"))
-    keep = None
-    if any(p.keep is not None for p in posed):
-        keep = _stack([torch.ones_like(p.wanted, dtype=torch.bool) if p.keep is None else p.keep for p in posed])
-    found = [p.qparams for p in posed]
-    codes = sweep(wanted, inverse_factor(ordered), _stack_qparams(found), groups, grid, block_size, keep)
-    for p, mine in zip(posed, _each(codes), strict=True):
-        if p.keep is not None:  # the sweep's compensation counted on weights that were to become zero
-            some = p.keep.logical_not().any(1)
-            part = p.qparams.of(some)
+    found = iter(pruned_each([w for weights, _ in problems for w in weights]))
+    masks = [[next(found) for _ in weights] for weights, _ in problems]
+    p = _pose(problems, grams, masks, grid, observer, order, dampening_frac, correct)
+    codes = sweep(p.wanted, inverse_factor(p.ordered), p.qparams, p.groups, grid, block_size, p.keep)
+    for e, of_input in enumerate(masks):  # the sweep's compensation counted on weights that were to become zero
+        if any(mask is not None for mask in of_input):
+            one, mine = p.of(e), codes if codes.dim() == 2 else codes[e]
+            assert one.keep is not None
+            some = one.keep.logical_not().any(1)
             mine[some] = descend(
-                p.wanted[some],
-                mine[some],
-                p.ordered,
-                part,
-                p.groups,
-                grid,
-                block_size,
-                passes=PASSES,
-                keep=p.keep[some],
-            )
-    products = [product(p.target, p.hessian) for p in posed] if refine else []
-    for _ in range(refine):
-        codes = descend(wanted, codes, ordered, _stack_qparams(found), groups, grid, block_size, passes=1, keep=keep)
-        stored = [mine[:, p.back] for mine, p in zip(_each(codes), posed, strict=True)]
-        found = refit_each(products, stored, [p.hessian for p in posed], found, grid)
-    return [
-        _solved(weights, mine[:, p.back], q, stats.needed_gram)
-        for (weights, stats), mine, p, q in zip(problems, _each(codes), posed, found, strict=True)
-    ]
+                one.wanted[some], mine[some], one.ordered, one.qparams.of(some), one.groups, grid, block_size,
+                passes=PASSES, keep=one.keep[some],
+            )  # fmt: skip
+    qparams = p.qparams
+    if refine:
+        pulled = product(p.target, p.hessian)
+        for _ in range(refine):
+            codes = descend(p.wanted, codes, p.ordered, qparams, p.groups, grid, block_size, passes=1, keep=p.keep)
+            qparams = refit_scales(pulled, _permuted(codes, p.back, -1), p.hessian, qparams, grid)
+    return solved_each([weights for weights, _ in problems], _permuted(codes, p.back, -1), qparams, grams)
 
 
 @dataclass(frozen=True)
 class _Posed:
-    """One input's linears as the solvers take them, one below the other.
+    """An input's linears as the solvers take them, one below the other; of several inputs, with a dimension before.
 
     Attributes:
         target: (R, C), what the output is to be like.
@@ -153,61 +139,90 @@ class _Posed:
     groups: Tensor
     keep: Tensor | None
 
+    def of(self, e: int) -> _Posed:
+        """Those of one input."""
+        if self.target.dim() == 2:
+            return self
+        return _Posed(
+            self.target[e], self.hessian[e], self.qparams.of(e), self.back[e], self.wanted[e], self.ordered[e],
+            self.groups[e], None if self.keep is None else self.keep[e],
+        )  # fmt: skip
+
 
 def _pose(
-    weights: Sequence[Tensor],
-    masks: Sequence[Tensor | None],
-    stats: InputStats,
+    problems: Sequence[tuple[Sequence[Tensor], InputStats]],
+    grams: Tensor,
+    masks: Sequence[Sequence[Tensor | None]],
     grid: Grid,
     observer: str,
     order: bool,
     dampening_frac: float,
     correct: float,
 ) -> _Posed:
-    gram = stats.needed_gram
-    diagonal = gram.diagonal().clone()
-    C = gram.shape[0]
-    if correct:
-        assert stats.drift is not None and stats.paired is not None
-        change = correction(stats.drift, stats.paired, correct)
-        weights = [w + (w @ change if m is None else (w @ change) * m) for w, m in zip(weights, masks, strict=True)]
-    target = torch.cat(list(weights)) if len(weights) > 1 else weights[0]
-    found = find_all(weights, grid, None if observer == "mse" else diagonal, search=observer != "minmax")
-    keep = _stacked(masks, weights)
-    perm = torch.argsort(diagonal, descending=True, stable=True) if order else torch.arange(C, device=gram.device)
+    C = grams.shape[-1]
+    diagonal = grams.diagonal(dim1=-2, dim2=-1).clone()
+    towards = [_corrected(ws, stats, mine, correct) for (ws, stats), mine in zip(problems, masks, strict=True)]
+    target = _stack([_joined(weights) for weights in towards])
+    keep = None
+    if any(mask is not None for of_input in masks for mask in of_input):
+        keep = _stack([
+            torch.cat([torch.ones_like(w, dtype=torch.bool) if m is None else m for w, m in zip(ws, mine, strict=True)])
+            for ws, mine in zip(towards, masks, strict=True)
+        ])  # fmt: skip
+    qparams = _find(towards, target, grid, None if observer == "mse" else diagonal, search=observer != "minmax")
+    perm = torch.arange(C, device=grams.device).expand(diagonal.shape)
+    if order:
+        perm = torch.argsort(diagonal, dim=-1, descending=True, stable=True)
     # an input that is always zero says nothing: unit curvature rounds its column to nearest
-    hessian = gram.clone()
-    hessian.diagonal().add_(dampening_frac * diagonal.mean()).add_((diagonal == 0).float())
+    hessian = grams.clone()
+    damping = dampening_frac * diagonal.mean(-1, keepdim=True)
+    hessian.diagonal(dim1=-2, dim2=-1).add_(damping).add_((diagonal == 0).float())
     return _Posed(
-        target, hessian, _together(found), torch.argsort(perm),
-        wanted=target.T[perm].T,  # columns contiguous, as the walks want them
-        ordered=hessian[perm][:, perm],
+        target, hessian, qparams, torch.argsort(perm, dim=-1),
+        wanted=_permuted(target.mT, perm, -2).mT,  # columns contiguous, as the walks want them
+        ordered=_permuted(_permuted(hessian, perm, -2), perm, -1),
         groups=perm // (grid.group_size or C),
-        keep=None if keep is None else keep[:, perm],
+        keep=None if keep is None else _permuted(keep, perm, -1),
     )  # fmt: skip
 
 
-def _solved(weights: Sequence[Tensor], codes: Tensor, qparams: QParams, gram: Tensor) -> list[Solved]:
-    """Codes (R, C) in stored order, one `Solved` a weight."""
-    rows = [len(w) for w in weights]
-    return [
-        solved(w, part.contiguous(), qparams.rows(end - len(w), end), gram)
-        for w, part, end in zip(weights, torch.split(codes, rows), accumulate(rows), strict=True)
-    ]
+def _corrected(
+    weights: Sequence[Tensor], stats: InputStats, masks: Sequence[Tensor | None], correct: float
+) -> Sequence[Tensor]:
+    """The weights that undo this share of the drift of their input; what is pruned stays so."""
+    if not correct:
+        return weights
+    assert stats.drift is not None and stats.paired is not None
+    change = correction(stats.drift, stats.paired, correct)
+    return [w + (w @ change if m is None else (w @ change) * m) for w, m in zip(weights, masks, strict=True)]
+
+
+def _find(
+    weights: Sequence[Sequence[Tensor]], target: Tensor, grid: Grid, importance: Tensor | None, *, search: bool
+) -> QParams:
+    """Scales and zero points of all inputs' linears; `target` are the same weights in one tensor."""
+    if grid.rows_alone:
+        return find_qparams(target.reshape(-1, target.shape[-1]), grid, importance, search).reshaped(*target.shape[:-1])
+    each = [importance] * len(weights) if target.dim() == 2 or importance is None else importance.unbind()
+    of_inputs = [_together(find_all(ws, grid, mine, search)) for ws, mine in zip(weights, each, strict=True)]
+    return of_inputs[0] if target.dim() == 2 else QParams.stack(of_inputs)
+
+
+def _permuted(x: Tensor, order: Tensor, dim: int) -> Tensor:
+    """Rows (dim -2) or columns (-1) of x (..., R, C) in an order (C,), or in one of several inputs' each (E, C)."""
+    if order.dim() == 1:
+        return x.index_select(dim, order)
+    return x.take_along_dim(order[:, None, :] if dim == -1 else order[:, :, None], dim)
 
 
 def _stack(each: Sequence[Tensor]) -> Tensor:
-    """Several problems in one tensor; a single one stays as it is."""
+    """Several inputs' tensors in one; a single one stays as it is."""
     return each[0] if len(each) == 1 else torch.stack(list(each))
 
 
-def _stack_qparams(each: Sequence[QParams]) -> QParams:
-    return each[0] if len(each) == 1 else QParams.stack(each)
-
-
-def _each(codes: Tensor) -> Sequence[Tensor]:
-    """What `_stack` put together."""
-    return codes.unbind() if codes.dim() == 3 else [codes]
+def _joined(weights: Sequence[Tensor]) -> Tensor:
+    """Weights one below the other."""
+    return weights[0] if len(weights) == 1 else torch.cat(list(weights))
 
 
 def _unsorted(z: Solved, perm: Tensor, group_size: int) -> Solved:
@@ -222,11 +237,3 @@ def _together(found: Sequence[QParams]) -> QParams:
     zeros = [q.zero_point for q in found if q.zero_point is not None]
     scale = torch.cat([q.scale for q in found])
     return QParams(scale, torch.cat(zeros) if zeros else None, found[0].global_scale)
-
-
-def _stacked(masks: Sequence[Tensor | None], weights: Sequence[Tensor]) -> Tensor | None:
-    """The masks of all weights together, None if all are dense."""
-    if all(mask is None for mask in masks):
-        return None
-    whole = [torch.ones_like(w, dtype=torch.bool) if m is None else m for w, m in zip(weights, masks, strict=True)]
-    return torch.cat(whole)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
@@ -30,3 +33,29 @@ def relative_error(weight: Tensor, dense: Tensor, gram: Tensor | None) -> Tensor
 def solved(weight: Tensor, codes: Tensor, qparams: QParams, gram: Tensor | None) -> Solved:
     """A `Solved` with its error, measured with the Gram matrix (C, C) if there is one."""
     return Solved(codes, qparams, relative_error(weight, dequantize(codes, qparams), gram))
+
+
+def solved_each(
+    weights: Sequence[Sequence[Tensor]], codes: Tensor, qparams: QParams, grams: Tensor
+) -> list[list[Solved]]:
+    """`solved` of the linears of one input, (R, C) their codes one below the other, or of several alike, (E, R, C)."""
+    rows = [len(w) for w in weights[0]]
+    parts = list(zip(accumulate(rows), rows, strict=True))
+    if codes.dim() == 2:
+        return [[
+            solved(w, codes[end - n : end], qparams.rows(end - n, end), grams)
+            for w, (end, n) in zip(weights[0], parts, strict=True)
+        ]]  # fmt: skip
+    whole = torch.stack([torch.cat(list(of_input)) for of_input in weights])
+    dense = dequantize(codes.flatten(0, 1), qparams.reshaped(-1)).reshape(whole.shape)
+    both = torch.cat([dense.float() - whole, whole], 1)
+    energy = product(both, grams).mul_(both).sum(-1).reshape(len(whole), 2, -1)
+    of_linear = [energy[..., end - n : end].sum(-1) for end, n in parts]  # (E, 2): lost, kept
+    errors = [(e[:, 0] / e[:, 1].clamp(min=1e-30)).unbind() for e in of_linear]
+    return [
+        [
+            Solved(mine[end - n : end], qparams.of(e).rows(end - n, end), error[e])
+            for (end, n), error in zip(parts, errors, strict=True)
+        ]
+        for e, mine in enumerate(codes)
+    ]  # fmt: skip

@@ -5,7 +5,6 @@ Legend: R out features, C in features, G groups.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -24,6 +23,8 @@ def refit_scales(weight_gram: Tensor, codes: Tensor, hessian: Tensor, qparams: Q
     With z_g the codes less the zero point, zero outside group g, the scales s of a row w solve A s = b,
     A_gk = z_g H z_k^T, b_g = w H z_g^T. The loss of a row is s A s^T - 2 b s^T and a constant.
 
+    Every tensor may have a dimension of problems before those named.
+
     Args:
         weight_gram: W H (R, C) float32, with the target W in stored order; the same in every round.
         codes: (R, C), in stored order.
@@ -34,43 +35,28 @@ def refit_scales(weight_gram: Tensor, codes: Tensor, hessian: Tensor, qparams: Q
     Returns:
         The parameters with the new scales, rounded to the stored dtype.
     """
-    return refit_each([weight_gram], [codes], [hessian], [qparams], grid)[0]
-
-
-def refit_each(
-    weight_grams: Sequence[Tensor],
-    codes: Sequence[Tensor],
-    hessians: Sequence[Tensor],
-    qparams: Sequence[QParams],
-    grid: Grid,
-) -> list[QParams]:
-    """`refit_scales` of several inputs' linears of the same shapes: small systems of rows are solved together."""
-    if grid.scales != "free" or grid.per_tensor or grid.block_rows > 1:
-        return list(qparams)
-    C, G = codes[0].shape[1], qparams[0].scale.shape[1]
-    step = max(1, (LARGE_CHUNK if codes[0].device.type == "cuda" else CHUNK) // max(G * G, C))
-    new: list[Tensor] = []
-    waiting: list[tuple[Tensor, Tensor, Tensor]] = []  # A, b and old scales of some rows
-
-    def solve_waiting() -> None:
-        A, b, old = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*waiting, strict=True))
-        new.append(_better(A.double(), b.double(), old))
-        waiting.clear()
-
-    for weight_gram, mine, hessian, q in zip(weight_grams, codes, hessians, qparams, strict=True):
-        z = values_of(mine).reshape(-1, G, C // G)
-        if q.zero_point is not None:
-            z = z - q.zero_point.float()[..., None]
-        flat = z.reshape(-1, C)
-        right = (weight_gram * flat).reshape(-1, G, C // G).sum(-1)
-        for lo in range(0, len(flat), step):
-            if sum(len(old) for *_, old in waiting) + min(step, len(flat) - lo) > step:
-                solve_waiting()
-            part = slice(lo, lo + step)
-            waiting.append((_normal_matrices(flat[part], hessian, G), right[part], q.scale[part]))
-    solve_waiting()
-    scales = torch.split(torch.cat(new), [len(mine) for mine in codes])
-    return [replace(q, scale=scale) for q, scale in zip(qparams, scales, strict=True)]
+    if grid.scales != "free" or not grid.rows_alone:
+        return qparams
+    (R, C), G = codes.shape[-2:], qparams.scale.shape[-1]
+    step = max(1, (LARGE_CHUNK if codes.device.type == "cuda" else CHUNK) // max(G * G, C))
+    pulls, all_codes, hessians = (x.reshape(-1, *x.shape[-2:]) for x in (weight_gram, codes, hessian))
+    old = qparams.scale.reshape(-1, R, G)
+    zeros = None if qparams.zero_point is None else qparams.zero_point.reshape(-1, R, G)
+    new = torch.empty_like(old)
+    many = max(1, step // R)  # problems at a time: their small systems are solved in one call
+    for first in range(0, len(old), many):
+        for lo in range(0, R, step):
+            at = slice(first, first + many), slice(lo, lo + step)
+            z = values_of(all_codes[at])
+            z = z.reshape(*z.shape[:2], G, C // G)
+            if zeros is not None:
+                z = z - zeros[at].float()[..., None]
+            z = z.flatten(-2)
+            b = (pulls[at] * z).reshape(*z.shape[:2], G, C // G).sum(-1)
+            A = [_normal_matrices(mine, h, G) for mine, h in zip(z, hessians[at[0]], strict=True)]
+            together = A[0] if len(A) == 1 else torch.cat(A)
+            new[at] = _better(together.double(), b.reshape(-1, G).double(), old[at].reshape(-1, G)).reshape(b.shape)
+    return replace(qparams, scale=new.reshape(qparams.scale.shape))
 
 
 def _normal_matrices(z: Tensor, hessian: Tensor, groups: int) -> Tensor:
@@ -98,7 +84,9 @@ def _better(A: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     ridge = RIDGE * diagonal.mean(-1, keepdim=True)
     ridge = ridge + (diagonal == 0).double()  # a group of zeros: any scale will do, so its old one
     factor, info = torch.linalg.cholesky_ex(A + torch.diag_embed(ridge))
-    solved = torch.cholesky_solve((b + ridge * old)[..., None], factor)[..., 0]
+    # torch's own solve of many small systems by a factor waits for the device, and is slower everywhere
+    half = torch.linalg.solve_triangular(factor, (b + ridge * old)[..., None], upper=False)
+    solved = torch.linalg.solve_triangular(factor.mT, half, upper=True)[..., 0]
     times = solved / old
     usable = (info == 0)[:, None] & (times > 1 / FARTHEST) & (times < FARTHEST)
     new = torch.where(usable, solved, old).to(scale.dtype)

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from bitpress.math.grid import Grid, Solved, find_all, quantize
+from bitpress.math.grid import Grid, Solved, quantize
 from bitpress.math.lost import solved
+from bitpress.math.scales import find_all
 
 
 def round_to_nearest(weight: Tensor, grid: Grid, *, observer: str = "minmax") -> Solved:
@@ -16,6 +17,6 @@ def round_to_nearest(weight: Tensor, grid: Grid, *, observer: str = "minmax") ->
 
 
 def round_all(weights: Sequence[Tensor], grid: Grid, *, observer: str = "minmax") -> list[Solved]:
-    """The same for weights with the same columns; see `grid.find_all` for what they share."""
+    """The same for weights with the same columns; see `scales.find_all` for what they share."""
     qparams = find_all(weights, grid, search=observer == "mse")
     return [solved(w, quantize(w, q, grid), q, None) for w, q in zip(weights, qparams, strict=True)]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bitpress.math.activations import dynamic_scales, static_scale
 from bitpress.math.awq import Reader
-from bitpress.math.grid import find_qparams
+from bitpress.math.scales import find_qparams
 from bitpress.math.stats import InputStats
 
 SMALLEST = 1e-5  # of a scale, and of what is divided by

@@ -20,8 +20,9 @@ from bitpress.chain import check_zeros
 from bitpress.errors import NumericsError
 from bitpress.math.activations import rounded, static_scale
 from bitpress.math.fake import learned_weight, round_weight, shares_of, shifted, straight
-from bitpress.math.grid import QParams, Solved, find_all, find_qparams, global_scale, quantize
+from bitpress.math.grid import QParams, Solved, quantize
 from bitpress.math.lost import solved as solved_of
+from bitpress.math.scales import find_all, find_qparams, global_scale
 from bitpress.modifiers.quantization import QuantizationModifier
 from bitpress.rounding import grid_of_inputs
 from bitpress.schemes import Scheme

@@ -18,7 +18,7 @@ COLUMNS, ROWS = 128, 16  # of a tile
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _loss(  # type: ignore[no-untyped-def]  # the compiler reads annotations
-    weight, scale, zero, importance, loss, R, C, G, low, high, least, fraction,
+    weight, scale, zero, importance, loss, R, C, G, each, low, high, least, fraction,
     SIZE: tl.constexpr, FLOAT: tl.constexpr, ZERO: tl.constexpr, B: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     # the candidates of one tile follow each other, so that it is read from memory once
@@ -33,10 +33,11 @@ def _loss(  # type: ignore[no-untyped-def]  # the compiler reads annotations
         column = start + tl.arange(0, B)
         mask = inside[:, None] & (column < SIZE)[None, :]
         w = tl.load(weight + rows[:, None] * C + group * SIZE + column[None, :], mask=mask, other=0.0)
-        share = tl.load(importance + group * SIZE + column, mask=column < SIZE, other=0.0)
+        place = (rows // each)[:, None] * C + group * SIZE + column[None, :]
+        share = tl.load(importance + place, mask=mask, other=0.0)
         x = nearest(tl.div_rn(w, s[:, None]) + z[:, None], low, high, least, fraction, FLOAT)
         error = (x - z[:, None]) * s[:, None] - w
-        total += tl.sum(error * error * share[None, :], axis=1)
+        total += tl.sum(error * error * share, axis=1)
     tl.store(loss + at, total, mask=inside)
 
 
@@ -53,7 +54,7 @@ def losses(weight: Tensor, scale: Tensor, zero: Tensor | None, importance: Tenso
     Args:
         weight: (R, C) float32.
         scale, zero: (K, R, G) float32; zero None if symmetric.
-        importance: (C,) float32.
+        importance: (C,) float32, or (P, C) of each P-th of the rows.
         grid: what to round to.
 
     Returns:
@@ -63,7 +64,8 @@ def losses(weight: Tensor, scale: Tensor, zero: Tensor | None, importance: Tenso
     C = weight.shape[1]
     loss = torch.empty_like(scale)
     _loss[(K, triton.cdiv(R, ROWS), G)](
-        weight, scale, scale if zero is None else zero, importance, loss, R, C, G, *numbers_of(grid),
+        weight, scale, scale if zero is None else zero, importance, loss, R, C, G, R // (importance.numel() // C),
+        *numbers_of(grid),
         SIZE=C // G, FLOAT=grid.values != "int", ZERO=zero is not None, B=COLUMNS, T=ROWS, num_warps=4,
     )  # fmt: skip
     return loss
