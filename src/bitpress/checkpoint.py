@@ -27,7 +27,7 @@ DTYPES = {  # in the order in which safetensors lays out a file
 }  # fmt: skip
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
-JOINED = 16 << 20  # bytes of small tensors that leave a GPU in one copy
+JOINED = 16 << 20  # bytes that leave a GPU in one copy, of small tensors or a large one
 # what a checkpoint carries besides weights, config and index: tokenizer, templates, remote code, licence
 COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.py", "*.md", "*.tiktoken", "LICENSE*", "NOTICE*")
 NOT_COMPANIONS = (
@@ -224,7 +224,8 @@ def write_shard(file: Path, tensors: Mapping[str, Tensor]) -> None:
     with partial.open("wb") as out:
         out.write(raw)
         for part in _joined(_bytes_of(tensors[name]) for name in sizes):
-            out.write(part.cpu().numpy().data)
+            for piece in _on_host(part):
+                out.write(piece.numpy().data)
     sync(partial)
     os.replace(partial, file)
     sync(file.parent)
@@ -251,6 +252,19 @@ def _joined(parts: Iterable[Tensor]) -> Iterator[Tensor]:
             waiting.append(part)
     if waiting:
         yield torch.cat(waiting)
+
+
+def _on_host(part: Tensor) -> Iterator[Tensor]:
+    """Its pieces in host memory, each until the next; a GPU's by way of page-locked memory, as a copy to other memory
+    is slower and keeps what runs beside it from being launched."""
+    if part.device.type == "cpu":
+        yield part
+        return
+    held = torch.empty(min(len(part), JOINED), dtype=torch.uint8, pin_memory=True)
+    for piece in part.split(JOINED):  # type: ignore[no-untyped-call]
+        copied = held[: len(piece)].copy_(piece, non_blocking=True)
+        torch.cuda.current_stream(part.device).synchronize()
+        yield copied
 
 
 def write_text(file: Path, text: str) -> None:
