@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,17 @@ def build(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> An
     return model
 
 
+def with_outliers(family: str = "llama", dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Any:
+    """A model whose norms make some channels stick out, as those of large models do."""
+    model = build(family, dtype, **changes)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name and parameter.shape == (32,) and "final" not in name and name.count(".") > 2:
+                parameter.copy_(torch.rand(32, generator=torch.Generator().manual_seed(1)) + 0.5)
+                parameter[::8] *= 6
+    return model
+
+
 def token_rows(count: int = 12, length: int = 32, seed: int = 0) -> list[dict[str, list[int]]]:
     """Rows with `input_ids`, which bitpress uses as they are."""
     generator = torch.Generator().manual_seed(seed)
@@ -90,3 +102,36 @@ def save(model: Any, folder: Path, **options: Any) -> Path:
 @pytest.fixture
 def rows() -> list[dict[str, list[int]]]:
     return token_rows()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with a tokenizer that has no chat template."""
+    from helpers import make_tokenizer
+
+    folder = save(build("llama"), tmp_path_factory.mktemp("tiny") / "llama")
+    make_tokenizer(folder, chat=False)
+    return folder
+
+
+@pytest.fixture
+def tiny_copy(tiny: Path, tmp_path: Path) -> Path:
+    """A copy of it that a test may damage."""
+    return Path(shutil.copytree(tiny, tmp_path / "base"))
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading a weight fails the test."""
+    from bitpress import checkpoint, output
+
+    def read(wanted: Any, *_args: Any, **_options: Any) -> dict[str, torch.Tensor]:
+        assert not list(wanted), "a weight was read"
+        return {}
+
+    def load(*_args: Any, **_options: Any) -> None:
+        raise AssertionError("the model was loaded")
+
+    for place in (checkpoint, output):
+        monkeypatch.setattr(place, "read_tensors", read)
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", load)

@@ -18,6 +18,8 @@ WORDS = [f"w{i}" for i in range(90)]
 # keys of GPTQModifier that leave out its search for scales and the refinement of codes, three quarters of its time: for
 # tests of what is around the solver. The search alone finds negative scales: what stores and reads them needs it
 PLAIN = {"observer": "minmax", "refine": 0}
+W4 = {"GPTQModifier": {"scheme": "W4A16", "group_size": 16, "ignore": ["lm_head"], **PLAIN}}
+OPTIONS: dict[str, Any] = {"max_seq_length": 32, "num_calibration_samples": 12}  # all of `conftest.token_rows()`
 
 
 def make_tokenizer(folder: Path, *, chat: bool = True) -> Any:
@@ -58,11 +60,28 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return source.read(source.tensors)
 
 
+def bytes_of(folder: Path) -> int:
+    """What these files take."""
+    return sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+
+
+def config_of(folder: Path) -> Any:
+    """The model's configuration, with what it says of quantization."""
+    return json.loads((folder / "config.json").read_text())
+
+
+def report_of(folder: Path) -> Any:
+    """What a run wrote of itself."""
+    return json.loads((folder / "report.json").read_text())
+
+
 def assert_same_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     """Same names, dtypes and bits."""
     assert a.keys() == b.keys()
     for name in a:
-        assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
+        assert a[name].dtype == b[name].dtype, name
+        bits = (t.view(torch.uint8) if t.dtype.itemsize == 1 else t for t in (a[name], b[name]))  # of 8-bit floats too
+        assert torch.equal(*bits), name
 
 
 def client(folder: Path, dtype: Any = "auto", *, one_scheme: bool = True) -> Any:
@@ -84,12 +103,18 @@ def logits(model: Any, vocab: int = 96) -> torch.Tensor:
     return out
 
 
+def distance(new: Any, old: Any) -> float:
+    """How far a model's logits are from another's, as a share of theirs."""
+    a, b = logits(new).float(), logits(old).float()
+    return float((a - b).norm() / b.norm())
+
+
 def assert_told_alike(folder: Path) -> None:
     """What a run's report says of each linear is what `inspect` and `compare` say: what it is called, and its bits."""
     from bitpress.compare import describe
     from bitpress.inspection import inspect_checkpoint
 
-    report, found = json.loads((folder / "report.json").read_text()), inspect_checkpoint(folder)
+    report, found = report_of(folder), inspect_checkpoint(folder)
     reported = {row["name"]: (row["scheme"], row["bits_per_weight"]) for row in report["layers"]}
     assert {x.name: (x.scheme, round(x.bits_per_weight, 5)) for x in found.layers} == reported
     row = describe("it", folder, found)

@@ -18,9 +18,8 @@ import torch
 from bitpress import BitpressError, budget, cli, oneshot, pipeline, plan, ranks
 from bitpress.blocks import Blocks
 from conftest import build, token_rows
-from helpers import PLAIN
+from helpers import OPTIONS, PLAIN
 
-OPTIONS: dict[str, Any] = {"max_seq_length": 32, "num_calibration_samples": 12}
 GPTQ = {"scheme": "W4A16", "group_size": 16, "ignore": ["lm_head", "re:.*gate$"], **PLAIN}
 WHOLE = {key: value for key, value in GPTQ.items() if key not in PLAIN}
 KV = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from bitpress import PlanError, oneshot
 from bitpress.inspection import inspect_checkpoint
 from conftest import FAMILIES, build, save, token_rows
+from helpers import OPTIONS
 
-OPTIONS = {"max_seq_length": 32, "num_calibration_samples": 12}
 ROUND = {"QuantizationModifier": {"scheme": "W4A16", "group_size": 16, "ignore": ["lm_head"]}}
 
 

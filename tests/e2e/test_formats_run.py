@@ -15,7 +15,7 @@ from bitpress.loading import load_model
 from bitpress.modifiers.quantization import GPTQModifier, QuantizationModifier
 from bitpress.transformers import SparseAutoModelForCausalLM
 from conftest import build, save, token_rows
-from helpers import assert_same_tensors, logits, make_tokenizer, tensors
+from helpers import assert_same_tensors, config_of, logits, make_tokenizer, tensors
 
 IGNORED = ["lm_head", "re:.*down_proj"]
 
@@ -36,10 +36,6 @@ def run(base, folder, recipe, format, **options):
 def four(symmetric=True, **keys):
     scheme = "W4A16" if symmetric else "W4A16_ASYM"
     return GPTQModifier(scheme=scheme, group_size=16, ignore=["lm_head"], refine=0, **keys)
-
-
-def config_of(folder):
-    return json.loads((folder / "config.json").read_text())
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -13,11 +13,9 @@ from safetensors.torch import load_file
 from bitpress import CheckpointError, oneshot
 from bitpress.progress import Lines
 from conftest import build, save, token_rows
-from helpers import PLAIN, assert_same_tensors, make_tokenizer, tensors
+from helpers import OPTIONS, W4, assert_same_tensors, make_tokenizer, tensors
 
 ROWS = token_rows()
-OPTIONS = {"max_seq_length": 32, "num_calibration_samples": 12}
-W4 = {"GPTQModifier": {"scheme": "W4A16", "group_size": 16, "ignore": ["lm_head"], **PLAIN}}
 
 
 class Marker:

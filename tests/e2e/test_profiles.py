@@ -11,10 +11,9 @@ from bitpress import RecipeError, journal, oneshot
 from bitpress.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
 from bitpress.recipe import Recipe
 from conftest import build, save, token_rows
-from helpers import PLAIN, assert_same_tensors, make_tokenizer, tensors
+from helpers import OPTIONS, PLAIN, assert_same_tensors, make_tokenizer, tensors
 
 ROWS = token_rows()
-OPTIONS = {"max_seq_length": 32, "num_calibration_samples": 12}
 LAYERS = 4
 OWL = {"sparsity": 0.5, "sparsity_profile": "owl", "owl_lmbda": 0.1, "ignore": ["lm_head"]}
 

@@ -18,11 +18,9 @@ from bitpress.cli import app
 from bitpress.generation import generate
 from bitpress.result import SavedModel
 from conftest import build, save, token_rows
-from helpers import PLAIN, assert_same_tensors, make_tokenizer, tensors
+from helpers import OPTIONS, W4, assert_same_tensors, make_tokenizer, report_of, tensors
 
 ROWS = token_rows()
-OPTIONS = {"max_seq_length": 32, "num_calibration_samples": 12}
-W4 = {"GPTQModifier": {"scheme": "W4A16", "group_size": 16, "ignore": ["lm_head"], **PLAIN}}
 LINEARS = 2 * 7
 
 
@@ -30,10 +28,6 @@ LINEARS = 2 * 7
 def base(tmp_path):
     make_tokenizer(save(build("llama", torch.bfloat16), tmp_path / "base"))
     return tmp_path / "base"
-
-
-def report_of(folder):
-    return json.loads((folder / "report.json").read_text())
 
 
 def page_of(folder):

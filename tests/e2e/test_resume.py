@@ -18,11 +18,9 @@ import torch
 from bitpress import CheckpointError, ConfigError, PlanError, checkpoint, inspect_checkpoint, journal, oneshot, output
 from bitpress.result import SavedModel
 from conftest import build, save, token_rows
-from helpers import PLAIN, assert_same_tensors, make_tokenizer, tensors
+from helpers import OPTIONS, PLAIN, W4, assert_same_tensors, make_tokenizer, tensors
 
 ROWS = token_rows()
-OPTIONS = {"max_seq_length": 32, "num_calibration_samples": 12}
-W4 = {"GPTQModifier": {"scheme": "W4A16", "group_size": 16, "ignore": ["lm_head"], **PLAIN}}
 BLOCKS = 6
 
 

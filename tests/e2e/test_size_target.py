@@ -18,10 +18,9 @@ from bitpress.modifiers.quantization import GPTQModifier, QuantizationModifier
 from bitpress.recipe import Recipe
 from bitpress.size_target import fusion_groups
 from conftest import build, save, token_rows
-from helpers import PLAIN, assert_same_tensors, client, logits, make_tokenizer, tensors
+from helpers import OPTIONS, PLAIN, assert_same_tensors, client, logits, make_tokenizer, report_of, tensors
 
 ROWS = token_rows()
-OPTIONS = {"max_seq_length": 32, "num_calibration_samples": 12}
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
 SMALL = {"hidden_size": 64, "intermediate_size": 128}
 
@@ -48,10 +47,6 @@ def chosen(wide):
     out = wide.parent / "chosen"
     oneshot(wide, ROWS, bits=4.25, output_dir=out, **OPTIONS)
     return out
-
-
-def report_of(folder):
-    return json.loads((folder / "report.json").read_text())
 
 
 def stored_bits(folder, inside="layers"):

@@ -14,10 +14,9 @@ from bitpress.modifiers import MODIFIERS
 from bitpress.recipe import Recipe
 from bitpress.result import SavedModel
 from conftest import build, save, token_rows
-from helpers import PLAIN, assert_same_tensors, client, logits, make_tokenizer, tensors
+from helpers import OPTIONS, PLAIN, assert_same_tensors, client, logits, make_tokenizer, tensors
 
 ROWS = token_rows()
-OPTIONS = {"max_seq_length": 32, "num_calibration_samples": 12}
 BF16 = torch.bfloat16
 
 

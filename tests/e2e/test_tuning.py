@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from bitpress import plan as planning
 from bitpress.blocks import Blocks
 from bitpress.math.masks import Structure, holds, keep_best
 from conftest import build, save, token_rows
-from helpers import PLAIN, assert_same_tensors, client, logits, make_tokenizer, tensors
+from helpers import PLAIN, assert_same_tensors, client, logits, make_tokenizer, report_of, tensors
 
 GPTQ = {"GPTQModifier": {"scheme": "W4A16", "group_size": 16, "ignore": ["lm_head"]}}
 QUICK = {"GPTQModifier": {**GPTQ["GPTQModifier"], **PLAIN}}
@@ -35,10 +34,6 @@ def whole(base):
     folder = base.parent / "tuned"
     oneshot(base, ROWS, {"modifiers": [GPTQ, TUNE]}, output_dir=folder, **OPTIONS)
     return folder
-
-
-def report(folder):
-    return json.loads((folder / "report.json").read_text())
 
 
 def digests(folder):
@@ -67,7 +62,7 @@ def client_of_dense(folder):
 def test_tuning_that_keeps_nothing_says_so(base, tmp_path):
     still = {"TuneModifier": {"iters": 1, "lr": 0, "scale_lr": 0}}
     oneshot(base, ROWS, {"modifiers": [GPTQ, still]}, output_dir=tmp_path / "out", **OPTIONS)
-    found = report(tmp_path / "out")
+    found = report_of(tmp_path / "out")
     linears = len(found["layers"])
     assert all(row["tuned"]["steps"] == 0 for row in found["layers"])
     assert [n for n in found["notes"] if f"TuneModifier: {linears} of {linears} linears stayed" in n]
@@ -78,7 +73,7 @@ def test_nearer_than_without_and_it_loads(base, whole, tmp_path):
     unseen = token_rows(32, seed=9)
     assert block_error(whole, base, unseen) < block_error(tmp_path / "gptq", base, unseen)
     assert logits(client(whole)).isfinite().all()
-    plain, tuned = report(tmp_path / "gptq"), report(whole)
+    plain, tuned = report_of(tmp_path / "gptq"), report_of(whole)
     for before, after in zip(plain["layers"], tuned["layers"], strict=True):
         assert before["method"] == "gptq" and "tuned" not in before
         assert after["method"] == "gptq+tune" and after["bits_per_weight"] == before["bits_per_weight"]
@@ -95,7 +90,7 @@ def test_nearer_than_without_and_it_loads(base, whole, tmp_path):
     assert lost[0] < 0.97 * lost[1]
     alike = {"TuneModifier": {**TUNE["TuneModifier"], "last_block_loss": "mse"}}
     oneshot(base, ROWS, {"modifiers": [GPTQ, alike]}, output_dir=tmp_path / "alike", **OPTIONS)
-    assert {r["tuned"]["loss"] for r in report(tmp_path / "alike")["layers"]} == {"mse"}
+    assert {r["tuned"]["loss"] for r in report_of(tmp_path / "alike")["layers"]} == {"mse"}
     assert not any("TuneModifier" in note for note in tuned["notes"])
     # the error is that of the weights as they are stored, on the inputs that the block had
     first = next(r for r in tuned["layers"] if r["name"].endswith("layers.0.self_attn.q_proj"))
@@ -143,7 +138,7 @@ def test_killed_and_resumed(shards, base, whole, tmp_path, monkeypatch):
             oneshot(base, ROWS, recipe, output_dir=tmp_path / "out", **OPTIONS)
     oneshot(base, ROWS, recipe, output_dir=tmp_path / "out", resume=True, **OPTIONS)
     assert digests(tmp_path / "out") == digests(whole)
-    rows = [[{k: v for k, v in r.items() if k != "seconds"} for r in report(f)["layers"]]
+    rows = [[{k: v for k, v in r.items() if k != "seconds"} for r in report_of(f)["layers"]]
             for f in (whole, tmp_path / "out")]  # fmt: skip
     assert rows[0] == rows[1]
 
@@ -163,7 +158,7 @@ def test_a_pruned_model_stays_pruned(tmp_path):
                 p.mul_(keep_best(p.float().abs(), 0.5, Structure(2, 4)))
     folder = save(model, tmp_path / "base")
     oneshot(folder, ROWS, {"modifiers": [GPTQ, TUNE]}, output_dir=tmp_path / "out", **OPTIONS)
-    assert all(r["tuned"]["steps"] > 0 for r in report(tmp_path / "out")["layers"])
+    assert all(r["tuned"]["steps"] > 0 for r in report_of(tmp_path / "out")["layers"])
     for name, p in client(tmp_path / "out").named_parameters():
         if name.endswith("proj.weight"):
             assert holds(p, Structure(2, 4)), name
@@ -179,7 +174,7 @@ def test_what_is_pruned_in_the_same_stage(quantizes, base, tmp_path):
     tune = {"TuneModifier": {"iters": 24, "batch_size": 4, "weight_lr": 0.005, "lr": 0.01}}
     oneshot(base, ROWS, {"modifiers": steps}, output_dir=tmp_path / "solved", **OPTIONS)
     oneshot(base, ROWS, {"modifiers": [*steps, tune]}, output_dir=tmp_path / "tuned", **OPTIONS)
-    rows = report(tmp_path / "tuned")["layers"]
+    rows = report_of(tmp_path / "tuned")["layers"]
     assert {r["method"] for r in rows} == {"sparsegpt+gptq+tune" if quantizes else "sparsegpt+tune"}
     assert all(r["mask"] == "2:4" and r["tuned"]["after"] < r["tuned"]["before"] for r in rows)
     load = client if quantizes else client_of_dense
@@ -200,7 +195,7 @@ def test_weights_that_are_zero_by_chance_are_no_mask(tmp_path):
                 weight[torch.rand(weight.shape, generator=generator) < 0.008] = 0
     base = save(model, tmp_path / "base")
     oneshot(base, ROWS, {"modifiers": [PRUNE, TUNE]}, output_dir=tmp_path / "out", **OPTIONS)
-    assert all(row["mask"] == "2:4" for row in report(tmp_path / "out")["layers"])
+    assert all(row["mask"] == "2:4" for row in report_of(tmp_path / "out")["layers"])
 
 
 def test_after_rounding_to_nearest_some_linears_and_not_the_head(base, tmp_path):
@@ -209,7 +204,7 @@ def test_after_rounding_to_nearest_some_linears_and_not_the_head(base, tmp_path)
         {"TuneModifier": {"iters": 12, "batch_size": 4, "ignore": "re:.*mlp.*"}},
     ]}  # fmt: skip
     oneshot(base, ROWS, recipe, output_dir=tmp_path / "out", **OPTIONS)
-    found = report(tmp_path / "out")
+    found = report_of(tmp_path / "out")
     for row in found["layers"]:
         tuned = "self_attn" in row["name"]
         assert row["method"] == ("rtn+tune" if tuned else "rtn") and ("tuned" in row) == tuned
@@ -249,7 +244,7 @@ def test_experts_that_memory_does_not_hold(tmp_path, monkeypatch):
     monkeypatch.setattr(planning, "budget", budget)
     folder = save(build("mixtral", torch.bfloat16), tmp_path / "base")
     oneshot(folder, ROWS, {"modifiers": [QUICK, TUNE]}, output_dir=tmp_path / "out", **OPTIONS)
-    found = report(tmp_path / "out")
+    found = report_of(tmp_path / "out")
     methods = {".experts." in r["name"]: r["method"] for r in found["layers"]}
     assert methods == {True: "gptq", False: "gptq+tune"}
     assert any(
