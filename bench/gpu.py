@@ -66,7 +66,7 @@ WITHOUT_DATA = {"rtn", "fp8", "nvfp4"}  # bound by the disk
 # part of the split -> functions that are timed for it
 STEPS = {
     "statistics": ("bitpress.math.stats.StatsAccumulator.add",),
-    "factor": ("bitpress.math.gptq.inverse_factor",),
+    "factor": ("bitpress.math.gptq.inverse_factors",),
     "sweep": ("bitpress.math.gptq.sweep", "bitpress.math.gptq.descend", "bitpress.math.gptq.refit_scales"),
     "scales": ("bitpress.math.gptq._find", "bitpress.math.rtn.find_all"),
     "pack": ("bitpress.output.Output.write",),

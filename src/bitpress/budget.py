@@ -68,52 +68,69 @@ def budget(
     if device.type == "cpu" and without_instructions(subject.dtype):  # a product's factors and result in float32
         sequence += length * 4 * (width + widest)
     solver = _solver_bytes(sites, device)
-    needs = ((s.columns, s.needs | {"gram"} if surveys else s.needs) for s in sites)
-    grams = sorted((StatsAccumulator.nbytes(c, n) for c, n in needs if n), reverse=True)
-    least_gram = grams[0] if grams else 0
+    held: Counter[int | None] = Counter()  # statistics by block, as if no two linears read the same input
+    least_gram = 0
+    for s in sites:
+        if needs := s.needs | {"gram"} if surveys else s.needs:
+            size = StatsAccumulator.nbytes(s.columns, needs)
+            least_gram = max(least_gram, size)
+            held[s.block] += size
+    more_grams = max(held.values(), default=0) - least_gram
     on_cpu = device.type == "cpu"
     free = available(device)
     limit = max_memory or int(0.8 * free)
     base = PROCESS_BYTES if on_cpu else 0
     copies = 3 if any(s.smoothing for s in sites) else 2  # folds are tried on the block, and taken back
     tuning = tuning_bytes(sites, length, width, item, int(config.vocab_size))
-    fixed = base + outside + copies * block + max(solver, tuning) + least_gram
+    of_block = copies * block
+    if not on_cpu:  # what is solved, of the block before too while it is written, and as it is read back
+        solved: Counter[int | None] = Counter()
+        for s in sites:
+            solved[s.block] += s.rows * s.columns * (item if s.scheme is None else 1)
+        of_block = max(of_block, block + 3 * max(solved.values(), default=0))
+    fixed = base + outside + of_block + max(solver, tuning) + least_gram
     if fixed + sequence > limit:
         raise PlanError(
             f"one block needs {gib(fixed + sequence)} but the limit is {gib(limit)}: raise --max-memory"
             + ("" if max_memory else " or free memory")
             + (" or lower TuneModifier's batch_size" if any(s.tuning for s in sites) else "")
         )
+    chosen = batch_size is None
     if batch_size is None:
         by_memory = (limit - fixed) // (4 * sequence)
         shared = not on_cpu and any(s.expert is not None for s in sites)
         tokens = BATCH_TOKENS[device.type] * (EXPERT_BATCHES if shared else 1)
         batch_size = int(max(1, min(samples, tokens // length, by_memory)))
     room = limit - fixed - batch_size * sequence
-    if hidden <= room // 2:
-        where = "device"
-    elif not on_cpu and hidden <= int(0.6 * available(torch.device("cpu"))):
-        where = "host"
-    else:
+    where, pinned = "device", 0
+    if hidden > max(room // 2, room - more_grams):
         where = "disk"
-    gram_room = room - (hidden if where == "device" else 0)
-    gram_bytes = max(grams[0] if grams else 0, min(sum(grams), gram_room))
-    device_bytes = (
-        fixed + batch_size * sequence + (hidden if where == "device" else 0) + min(sum(set(grams)), gram_bytes)
-    )
-    held: Counter[int | None] = Counter()  # by block, as if no two linears read the same input
-    for s in sites:
-        held[s.block] += StatsAccumulator.nbytes(s.columns, s.needs) if s.needs else 0
-    twice = block + min(max(held.values(), default=0), gram_bytes)  # of a block that is solved, beside the next one's
+        if not on_cpu:
+            even = 1 << (batch_size.bit_length() - 1)  # pinned memory is had in powers of two
+            pinned = _pinned(hidden, samples, batch_size)
+            if chosen and _pinned(hidden, samples, even) < pinned:
+                batch_size, pinned = even, _pinned(hidden, samples, even)
+            where = "host" if pinned <= int(0.6 * available(torch.device("cpu"))) else "disk"
+    on_device = hidden if where == "device" else 0
+    room = limit - fixed - batch_size * sequence
+    gram_bytes = least_gram + max(0, min(more_grams, room - on_device))
+    device_bytes = fixed - least_gram + batch_size * sequence + on_device + gram_bytes
+    twice = block + gram_bytes  # of a block that is solved, beside the next one's
     beside = beside and not on_cpu and ranks.world_size() == 1 and device_bytes + twice <= limit
     device_bytes += twice * beside
-    host = device_bytes if on_cpu else PROCESS_BYTES + outside + 4 * block + (hidden if where == "host" else 0)
+    host = device_bytes if on_cpu else PROCESS_BYTES + outside + 4 * block + (pinned if where == "host" else 0)
     # what is left besides may hold more linears at once than the largest that must fit
     together = solver + max(0, min(TOGETHER, limit - device_bytes))
     return {
         "host_bytes": host, "device_bytes": 0 if on_cpu else device_bytes, "batch_size": batch_size,
         "gram_bytes": gram_bytes, "solver_bytes": together, "hidden_on": where, "solves_beside": beside,
     }  # fmt: skip
+
+
+def _pinned(hidden: int, samples: int, batch_size: int) -> int:
+    """What hidden states of so many bytes take in pinned memory: torch rounds each batch up to a power of two."""
+    batch_size = min(batch_size, samples)
+    return -(-samples // batch_size) * (1 << (hidden * batch_size // samples - 1).bit_length())
 
 
 def _solver_bytes(sites: Sequence[Site], device: torch.device) -> int:

@@ -40,13 +40,7 @@ def execute(run: Run) -> None:
         if forward:
             subject.load(None, run.device)
         for index in range(total):
-            _block(
-                run,
-                index,
-                states,
-                collects=forward and index <= plan.last_block,
-                feeds=index < plan.last_block,
-            )
+            _block(run, index, states)
         _settle(run)
         _outside(run, states)
         if run.output is not None:
@@ -64,11 +58,16 @@ def execute(run: Run) -> None:
             subject.unload(None)
 
 
-def _block(run: Run, index: int, states: HiddenStates, *, collects: bool, feeds: bool) -> None:
+def _works(run: Run, index: int) -> bool:
+    """Whether a block has to be in memory: for what is handed on it has not."""
+    return index <= run.plan.last_block or any(s.block == index for s in run.plan.sites)
+
+
+def _block(run: Run, index: int, states: HiddenStates) -> None:
     """One block, from its load to its shard. A finished one is only run, from its shard, where something needs it."""
     subject, prefix, progress = run.subject, run.subject.blocks.prefix(index), run.progress
     sites = [s for s in run.plan.sites if s.block == index]
-    idle = not (sites or collects or feeds)  # what is handed on needs no block in memory
+    collects, feeds = run.plan.needs_stats and index <= run.plan.last_block, index < run.plan.last_block
     caches = [c for c in run.plan.caches if c.block == index]
     clock = time.perf_counter()
     if run.output is not None and (entry := run.output.finished(index)) is not None:
@@ -95,9 +94,10 @@ def _block(run: Run, index: int, states: HiddenStates, *, collects: bool, feeds:
         clock = run.timed("load", clock)
     else:
         progress.at(index, "loading")
-        if not idle:
+        if _works(run, index):
             subject.load(prefix, run.device)
-        if run.device.type == "cuda" and index + 1 < len(subject.blocks):  # while this one is at work
+        if run.device.type == "cuda" and index + 1 < len(subject.blocks) and _works(run, index + 1):
+            # while this one is at work
             subject.fetch(subject.blocks.prefix(index + 1))
         run.timed("load", clock)
         folding = Folding(subject, index, uses, sites) if (uses := run.plan.smoothing[index]) else None

@@ -267,7 +267,7 @@ def make(
     mine = -(-samples // ranks.world_size())
     cost = partial(budget, subject, samples=mine, length=length, device=device, max_memory=max_memory,
                    batch_size=batch_size, runs=bool(caches), surveys=any(m.surveys for m in modifiers),
-                   beside=not propagate and not caches)  # fmt: skip
+                   beside=not (propagate or caches or any(m.solves_alone for m in compressing)))  # fmt: skip
     try:
         memory = cost(sites)
     except PlanError as error:

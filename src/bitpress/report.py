@@ -34,6 +34,7 @@ class LayerReport:
             "unstructured" if it is pruned otherwise, "" if it is dense.
         tokens: calibration tokens that this linear's input had; 0 without data.
         policy: "" or why the statistics are not those of its own input.
+        note: "" or what was out of the ordinary when it was solved.
         seconds: solving time of the linears that share its input, divided among them.
         tuned: where its block was tuned: on sequences that gave no gradients, `before` and `after`, the share of the
             energy of the block's output that was wrong (`loss` mse) or the divergence of the model's predictions in
@@ -52,6 +53,7 @@ class LayerReport:
     policy: str
     seconds: float
     tuned: dict[str, float | str] | None = None
+    note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, rounded to what is meaningful."""
@@ -60,8 +62,9 @@ class LayerReport:
         row["sparsity"] = round(self.sparsity, 5)
         row["bits_per_weight"] = round(self.bits_per_weight, 5)
         row["seconds"] = round(self.seconds, 4)
-        if row["tuned"] is None:
-            del row["tuned"]
+        for key in ("tuned", "note"):
+            if not row[key]:
+                del row[key]
         return row
 
 

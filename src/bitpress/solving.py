@@ -343,6 +343,7 @@ def _solve_together(run: Run, jobs: list[Job], folding: Folding | None) -> list[
                 tokens=0 if stats is None else stats.tokens,
                 policy=job.policy,
                 seconds=seconds,
+                note=z.note,
             )
             parts.append((report, z))
         results.append(parts)

@@ -320,3 +320,31 @@ def test_linears_of_one_product_share_their_scale_on_top():
     for result, q in zip(results, expected, strict=True):
         assert torch.equal(result.qparams.global_scale, expected[0].global_scale)
         assert torch.equal(result.qparams.scale, q.scale)
+
+
+@pytest.mark.parametrize("order", [True, False])
+@pytest.mark.parametrize("name", [n for n, g in FLOAT_GRIDS.items() if not g.fused])
+def test_floats_of_several_inputs_together_are_as_each_alone(name, order):
+    problems = [([normal(8, 64, seed=s), normal(16, 64, seed=s + 9) * 3], correlated(64, seed=s)) for s in (1, 2)]
+    ways = {"observer": "hessian", "order": order, "regroup": False, "block_size": 16}
+    ways |= {"dampening_frac": 0.01, "refine": 1, "correct": 0.0}
+    for found, problem in zip(gptq_each(problems, FLOAT_GRIDS[name], **ways), problems, strict=True):
+        for a, b in zip(found, gptq_each([problem], FLOAT_GRIDS[name], **ways)[0], strict=True):
+            assert torch.equal(values_of(a.codes), values_of(b.codes))
+            assert torch.equal(a.qparams.scale, b.qparams.scale)
+
+
+def test_a_factor_in_float64_is_told_of_its_input_alone():
+    C = 13
+    binomials = torch.ones(C, C, dtype=torch.float64)
+    for i in range(1, C):
+        for j in range(1, C):
+            binomials[i, j] = binomials[i - 1, j] + binomials[i, j - 1]
+    hard, easy = (InputStats(g, 100) for g in (binomials.float(), torch.eye(C)))
+    grid = Grid(4, True, None, False, torch.float32)
+    ways = {"observer": "minmax", "order": False, "regroup": False, "block_size": 16}
+    ways |= {"dampening_frac": 0.0, "refine": 0, "correct": 0.0}
+    problems = [([normal(4, C, seed=s)], stats) for s, stats in enumerate((easy, hard, easy))]
+    notes = [z.note for (z,) in gptq_each(problems, grid, **ways)]
+    assert notes[0] == notes[2] == "" and "float64" in notes[1]
+    assert "float64" in gptq_each([problems[1]], grid, **ways)[0][0].note

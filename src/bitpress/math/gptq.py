@@ -9,7 +9,7 @@ stays exactly zero (what counts as pruned: `bitpress.math.masks.pruned`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,8 +25,9 @@ from bitpress.math.products import product
 from bitpress.math.refit import refit_scales
 from bitpress.math.scales import find_all, find_qparams
 from bitpress.math.stats import InputStats
-from bitpress.math.sweep import inverse_factor, sweep
+from bitpress.math.sweep import inverse_factors, sweep
 
+IN_FLOAT64 = "the Gram matrix was factored in float64, as it is not positive definite in float32"
 PASSES = 3  # of coordinate descent where weights are pruned; seven more took off another hundredth of the error
 
 
@@ -97,18 +98,18 @@ def gptq_each(
     grams = _stack([stats.needed_gram for _, stats in problems])
     if not torch.isfinite(grams).all():
         raise NumericsError("NaN or infinity in the input activations")
-    found = iter(pruned_each([w for weights, _ in problems for w in weights]))
-    masks = [[next(found) for _ in weights] for weights, _ in problems]
+    each = iter(pruned_each([w for weights, _ in problems for w in weights]))
+    masks = [[next(each) for _ in weights] for weights, _ in problems]
     p = _pose(problems, grams, masks, grid, observer, order, dampening_frac, correct)
-    codes = sweep(p.wanted, inverse_factor(p.ordered), p.qparams, p.groups, grid, block_size, p.keep)
+    factor, again = inverse_factors(p.ordered)
+    codes = sweep(p.wanted, factor, p.qparams, p.groups, grid, block_size, p.keep)
     for e, of_input in enumerate(masks):  # the sweep's compensation counted on weights that were to become zero
-        if any(mask is not None for mask in of_input):
+        for rows in _runs([mask is not None for mask in of_input], [len(w) for w in problems[e][0]]):
             one, mine = p.of(e), codes if codes.dim() == 2 else codes[e]
             assert one.keep is not None
-            some = one.keep.logical_not().any(1)
-            mine[some] = descend(
-                one.wanted[some], mine[some], one.ordered, one.qparams.of(some), one.groups, grid, block_size,
-                passes=PASSES, keep=one.keep[some],
+            mine[rows] = descend(
+                one.wanted[rows], mine[rows], one.ordered, one.qparams.of(rows), one.groups, grid, block_size,
+                passes=PASSES, keep=one.keep[rows],
             )  # fmt: skip
     qparams = p.qparams
     if refine:
@@ -116,7 +117,10 @@ def gptq_each(
         for _ in range(refine):
             codes = descend(p.wanted, codes, p.ordered, qparams, p.groups, grid, block_size, passes=1, keep=p.keep)
             qparams = refit_scales(pulled, _permuted(codes, p.back, -1), p.hessian, qparams, grid)
-    return solved_each([weights for weights, _ in problems], _permuted(codes, p.back, -1), qparams, grams)
+    found = solved_each([weights for weights, _ in problems], _permuted(codes, p.back, -1), qparams, grams)
+    for e in again:
+        found[e] = [replace(z, note=IN_FLOAT64) for z in found[e]]
+    return found
 
 
 @dataclass(frozen=True)
@@ -210,9 +214,21 @@ def _find(
 
 def _permuted(x: Tensor, order: Tensor, dim: int) -> Tensor:
     """Rows (dim -2) or columns (-1) of x (..., R, C) in an order (C,), or in one of several inputs' each (E, C)."""
+    if x.dtype.itemsize == 1 and x.dtype.is_floating_point:  # torch does not gather these everywhere
+        return _permuted(x.view(torch.uint8), order, dim).view(x.dtype)
     if order.dim() == 1:
         return x.index_select(dim, order)
     return x.take_along_dim(order[:, None, :] if dim == -1 else order[:, :, None], dim)
+
+
+def _runs(chosen: Sequence[bool], sizes: Sequence[int]) -> Iterator[slice]:
+    """The rows of chosen linears that lie one below the other, neighbours as one."""
+    start = end = 0
+    for yes, size in zip([*chosen, False], [*sizes, 0], strict=True):
+        if not yes and start < end:
+            yield slice(start, end)
+        end += size
+        start = start if yes else end
 
 
 def _stack(each: Sequence[Tensor]) -> Tensor:

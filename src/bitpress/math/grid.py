@@ -213,6 +213,7 @@ class Solved:
             weight's own energy.
         weight: (R, C) as it is stored, where there are no codes.
         beside: tensors that are stored beside the weight, such as `input_scale`, by suffix.
+        note: what the report is to say of how it was solved.
     """
 
     codes: Tensor | None
@@ -220,6 +221,7 @@ class Solved:
     error: Tensor
     weight: Tensor | None = None
     beside: Mapping[str, Tensor] = field(default_factory=dict)
+    note: str = ""
 
     def dense(self) -> Tensor:
         """The weight (R, C) that a reader of the checkpoint computes, in the dtype of the scales or as stored."""

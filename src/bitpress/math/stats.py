@@ -225,7 +225,8 @@ class GramAccumulator:
         self._tokens += x.shape[0]
         exact = x.dtype == torch.bfloat16
         if x.device.type == "cuda" and exact:
-            for lo, hi in self._block_rows(most=max(1, 2 * x.numel() * x.shape[1] // LEAST_FLOPS)):
+            most = max(1, 2 * x.numel() * x.shape[1] // LEAST_FLOPS)
+            for lo, hi in self._block_rows(most, unit=128):  # matrix units want rows that begin at round places
                 part = self._sum[lo:hi, lo:]
                 if x.shape[1] % 8:  # cuBLAS adds in place to aligned matrices only
                     part += torch.mm(x[:, lo:hi].T, x[:, lo:], out_dtype=torch.float32)
@@ -238,9 +239,10 @@ class GramAccumulator:
                 for lo, hi in self._block_rows():
                     self._sum[lo:hi, lo:].addmm_(full[:, lo:hi].T, full[:, lo:])
 
-    def _block_rows(self, most: int = MOST_ROWS) -> Iterator[tuple[int, int]]:
+    def _block_rows(self, most: int = MOST_ROWS, unit: int = 1) -> Iterator[tuple[int, int]]:
         channels = self._sum.shape[0]
         step = max(BLOCK_ROW, -(-channels // min(most, MOST_ROWS)))
+        step += -step % unit
         for lo in range(0, channels, step):
             yield lo, min(lo + step, channels)
 

@@ -26,7 +26,13 @@ LEAF = 16  # columns updated one by one; wider blocks are halved and updated by 
 
 
 def inverse_factor(hessian: Tensor) -> Tensor:
-    """Upper triangular U (..., C, C) with inv(H) = U^T U, from symmetric positive definite H (..., C, C).
+    """`inverse_factors` without what had to be done again."""
+    return inverse_factors(hessian)[0]
+
+
+def inverse_factors(hessian: Tensor) -> tuple[Tensor, list[int]]:
+    """Upper triangular U (..., C, C) with inv(H) = U^T U, from symmetric positive definite H (..., C, C), and which of
+    several (0: the one) were factored in float64, as they are not positive definite in float32.
 
     With J the reversal of indices and J H J = L L^T, U = J inv(L) J: one Cholesky and one triangular inverse,
     half the work of Cholesky, inverse, Cholesky (Frantar et al. 2022, arXiv 2210.17323), and more accurate.
@@ -35,11 +41,15 @@ def inverse_factor(hessian: Tensor) -> Tensor:
         NumericsError: H, or one of several, is not positive definite in float32 nor in float64.
     """
     lower, info = torch.linalg.cholesky_ex(hessian.flip(-2, -1))
-    if info.any():
-        lower, info = torch.linalg.cholesky_ex(hessian.flip(-2, -1).double())
+    factor = triangular_inverse(lower).flip(-2, -1)
+    again: list[int] = info.reshape(-1).nonzero()[:, 0].tolist()
+    for e in again:
+        one = hessian.reshape(-1, *hessian.shape[-2:])[e]
+        lower, info = torch.linalg.cholesky_ex(one.flip(0, 1).double())
         if info.any():
             raise NumericsError("the Gram matrix is not positive definite: raise dampening_frac or give more data")
-    return triangular_inverse(lower).flip(-2, -1).to(hessian.dtype)
+        factor.view(-1, *one.shape)[e] = triangular_inverse(lower).flip(0, 1).to(hessian.dtype)
+    return factor, again
 
 
 def triangular_inverse(lower: Tensor) -> Tensor:

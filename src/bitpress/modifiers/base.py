@@ -157,6 +157,7 @@ class LinearModifier(Modifier):
 
     method: ClassVar[str] = ""
     claims_key: ClassVar[str] = "config_groups"  # where the recipe has its groups
+    solves_alone: ClassVar[bool] = False  # its solver moves a switch of the process: no forward may run beside it
 
     targets: Names = "Linear"
     ignore: Names = dataclasses.field(default_factory=list)

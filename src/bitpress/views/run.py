@@ -329,6 +329,8 @@ def _all(rows: Sequence[Row], report: Mapping[str, Any]) -> list[str]:
     policies = [f"{row['name']}: statistics of {row['policy']}" for row in rows if row["policy"]]
     if policies:
         parts.append(folded(f"{counted(len(policies), 'expert')} with too few tokens", bullets(policies[:MOST])))
+    if said := [f"{row['name']}: {row['note']}" for row in rows if row.get("note")]:
+        parts.append(folded(f"{counted(len(said), 'linear')} solved out of the ordinary", bullets(said[:MOST])))
     if report.get("ignored"):
         names = sorted({re.sub(r"\d+", "*", name) for name in report["ignored"]})
         parts.append(paragraph(f"Left as they are: {', '.join(names)}."))

@@ -28,46 +28,47 @@ def _block(  # type: ignore[no-untyped-def]  # the compiler reads annotations
     FLOAT: tl.constexpr, ZERO: tl.constexpr, KEEP: tl.constexpr, DESCEND: tl.constexpr,
     COUNT: tl.constexpr, B: tl.constexpr, S: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
+    # every place is counted from the block's first column: counted from zero it may be beyond int32
     problem = tl.program_id(1).to(tl.int64)
-    factor += problem * C * C
-    steps += problem * C
-    groups += problem * C
+    first = problem * C + base
+    last = C - 1 - base
+    factor += first * C + base
+    steps += first
+    groups += first
     errors += problem * B * R
     split += problem * 3 * B * R
     scale += problem * G * R
-    work += problem * C * R
-    values += problem * C * R
+    work += first * R
+    values += first * R
     if ZERO:
         zero += problem * G * R
     if KEEP:
-        keep += problem * C * R
+        keep += first * R
     if DESCEND:
-        dense += problem * C * R
+        dense += first * R
     rows = tl.program_id(0) * T + tl.arange(0, T)
     inside = rows < R
     strip = tl.arange(0, S)
     for start in range(0, COUNT, S):
         columns = start + strip
         there = columns < COUNT
-        at = base + start
-        tile = tl.load(
-            work + (base + columns)[:, None] * R + rows[None, :], mask=there[:, None] & inside[None, :], other=0.0
-        )
+        at = start
+        tile = tl.load(work + columns[:, None] * R + rows[None, :], mask=there[:, None] & inside[None, :], other=0.0)
         for before in range(0, start, S):
             left = before + strip
-            u = tl.load(factor + (base + left)[None, :] * C + (base + columns)[:, None], mask=there[:, None], other=0.0)
+            u = tl.load(factor + left[None, :] * C + columns[:, None], mask=there[:, None], other=0.0)
             error = tl.load(errors + left[:, None] * R + rows[None, :], mask=inside[None, :], other=0.0)
             tile -= tl.dot(u, error, input_precision="tf32x3")
         # what a column needs is loaded while the one before it is at work
         s = tl.load(scale + tl.load(groups + at) * R + rows, mask=inside, other=1.0)
-        group = tl.load(groups + tl.minimum(at + 1, C - 1))
+        group = tl.load(groups + tl.minimum(at + 1, last))
         step = tl.load(steps + at)
-        u = tl.load(factor + at * C + base + columns, mask=there & (strip > 0), other=0.0)
+        u = tl.load(factor + at * C + columns, mask=there & (strip > 0), other=0.0)
         for j in range(0, S):
             live = inside & (start + j < COUNT)
-            ahead = tl.minimum(at + 1, C - 1)
+            ahead = tl.minimum(at + 1, last)
             s_ahead = tl.load(scale + group * R + rows, mask=inside, other=1.0)
-            u_ahead = tl.load(factor + ahead * C + base + columns, mask=there & (strip > j + 1), other=0.0)
+            u_ahead = tl.load(factor + ahead * C + columns, mask=there & (strip > j + 1), other=0.0)
             step_ahead = tl.load(steps + ahead)
             w = tl.sum(tl.where((strip == j)[:, None], tile, 0.0), axis=0)
             if DESCEND:
@@ -93,7 +94,7 @@ def _block(  # type: ignore[no-untyped-def]  # the compiler reads annotations
             tl.store(split + (2 * B + start + j) * R + rows, rest, mask=live)
             tile = tile - u[:, None] * error[None, :]
             s, u, step, at = s_ahead, u_ahead, step_ahead, ahead
-            group = tl.load(groups + tl.minimum(at + 1, C - 1))
+            group = tl.load(groups + tl.minimum(at + 1, last))
         tl.debug_barrier()  # the errors are read again, by other threads
 
 

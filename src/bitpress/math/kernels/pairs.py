@@ -24,7 +24,7 @@ def _pairs(z, high, low, normal, R, C, G: tl.constexpr, S: tl.constexpr, T: tl.c
     column = tl.arange(0, S)
     tile = z + rows[:, None] * C + column[None, :]
     own = tl.load(tile + first * S, mask=inside[:, None], other=0.0)
-    block = (first * S + column)[:, None] * C + column[None, :]
+    block = first.to(tl.int64) * S * C + column[:, None] * C + column[None, :]  # beyond int32 for many columns
     for step in range(0, G // 2 + 1):  # half of the others, going round: the rest is symmetric
         other = (first + step) % G
         product = tl.dot(own, tl.load(low + block + other * S))

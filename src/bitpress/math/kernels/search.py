@@ -22,8 +22,8 @@ def _loss(  # type: ignore[no-untyped-def]  # the compiler reads annotations
     SIZE: tl.constexpr, FLOAT: tl.constexpr, ZERO: tl.constexpr, B: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     # the candidates of one tile follow each other, so that it is read from memory once
-    candidate, group = tl.program_id(0), tl.program_id(2)
-    rows = tl.program_id(1) * T + tl.arange(0, T)
+    candidate, group = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    rows = tl.program_id(1).to(tl.int64) * T + tl.arange(0, T)
     inside = rows < R
     at = (candidate * R + rows) * G + group
     s = tl.load(scale + at, mask=inside, other=1.0)

@@ -47,6 +47,7 @@ class SparseGPTModifier(ProfileModifier):
     """
 
     method: ClassVar[str] = "sparsegpt"
+    solves_alone: ClassVar[bool] = True  # products of the mask search are TF32 on a GPU
 
     block_size: int = 128
     dampening_frac: Float = 0.01
