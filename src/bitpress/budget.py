@@ -41,6 +41,7 @@ def budget(
     *,
     runs: bool = False,
     surveys: bool = False,
+    one_forward: bool = False,
     beside: bool = False,
 ) -> dict[str, Any]:
     """Batch size, budgets and expected peaks, all from shapes.
@@ -48,6 +49,7 @@ def budget(
     Args:
         runs: the model is run even if no site needs it.
         surveys: a survey comes first, in float32.
+        one_forward: of each block; of one with experts it needs room for their output beside their input.
         beside: linears may be solved while the next block runs, if a GPU has the memory.
     """
     from bitpress.sites import full_every
@@ -115,6 +117,9 @@ def budget(
     room = limit - fixed - batch_size * sequence
     gram_bytes = least_gram + max(0, min(more_grams, room - on_device))
     device_bytes = fixed - least_gram + batch_size * sequence + on_device + gram_bytes
+    spare = one_forward and where == "device" and any(s.expert is not None for s in sites)
+    spare = spare and device_bytes + hidden <= limit
+    device_bytes += hidden * spare
     twice = block + gram_bytes  # of a block that is solved, beside the next one's
     beside = beside and not on_cpu and ranks.world_size() == 1 and device_bytes + twice <= limit
     device_bytes += twice * beside
@@ -123,7 +128,8 @@ def budget(
     together = solver + max(0, min(TOGETHER, limit - device_bytes))
     return {
         "host_bytes": host, "device_bytes": 0 if on_cpu else device_bytes, "batch_size": batch_size,
-        "gram_bytes": gram_bytes, "solver_bytes": together, "hidden_on": where, "solves_beside": beside,
+        "gram_bytes": gram_bytes, "solver_bytes": together, "hidden_on": where, "spare_hidden": spare,
+        "solves_beside": beside,
     }  # fmt: skip
 
 

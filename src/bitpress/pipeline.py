@@ -21,7 +21,7 @@ from bitpress.folding import Folding
 from bitpress.math.grid import Solved
 from bitpress.run import Result, Run, advance_full, watched, weight_of
 from bitpress.sites import Site
-from bitpress.solving import in_one_pass, solve_from, solve_sites, statistics
+from bitpress.solving import experts_in, in_one_pass, solve_from, solve_sites, statistics
 from bitpress.states import FullStream, HiddenStates
 from bitpress.tuning import Tuning, after
 
@@ -107,8 +107,10 @@ def _block(run: Run, index: int, states: HiddenStates) -> None:
             _solve_beside(run, index, sites, states)
             return
         _settle(run)
-        out = states.__setitem__ if once else None
+        outputs = _Outputs(run, index, states)
+        out = outputs.take if once else None
         results = solve_sites(run, index, sites, states, folding, tuning, collects=collects, out=out)
+        outputs.hand_on()
         results = _as_read(run, results)
         if not run.plan.propagates:
             if feeds and not once:
@@ -135,10 +137,34 @@ def _block(run: Run, index: int, states: HiddenStates) -> None:
     memory.give_back()
 
 
+class _Outputs:
+    """What a forward for statistics gives, in place of what it was given.
+
+    Experts that met too few tokens take another forward of the same input: there outputs wait until that is over.
+    """
+
+    def __init__(self, run: Run, index: int, states: HiddenStates) -> None:
+        self._states = states
+        self._waiting: dict[int, Tensor] | None = {} if experts_in(run.subject, index) else None
+
+    def take(self, batch: int, output: Tensor) -> None:
+        if self._waiting is None:
+            self._states[batch] = output
+        else:
+            self._waiting[batch] = output
+
+    def hand_on(self) -> None:
+        for batch, output in (self._waiting or {}).items():
+            self._states[batch] = output
+        self._waiting = None
+
+
 def _solve_beside(run: Run, index: int, sites: list[Site], states: HiddenStates) -> None:
     """Statistics and the next block's input by one forward; all that is left is done while the next block runs."""
     prefix = run.subject.blocks.prefix(index)
-    inputs = statistics(run, index, sites, states, states.__setitem__)
+    outputs = _Outputs(run, index, states)
+    inputs = statistics(run, index, sites, states, outputs.take)
+    outputs.hand_on()
 
     def finish() -> None:
         results = _as_read(run, solve_from(run, sites, inputs))

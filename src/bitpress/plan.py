@@ -78,6 +78,7 @@ class Plan:
         masked: linears whose zeros are kept while training.
         propagates: each block is calibrated on what the compressed ones before it give; else on the uncompressed ones'.
         stored: the checkpoint format.
+        spare_hidden: hidden states before and after a block are held, where one forward serves a block with experts.
         solves_beside: linears are solved while the next block runs, where one forward serves both.
     """
 
@@ -102,6 +103,7 @@ class Plan:
     masked: tuple[Site, ...] = ()
     propagates: bool = True
     stored: str = formats.DEFAULT
+    spare_hidden: bool = False
     solves_beside: bool = False
 
     @property
@@ -265,9 +267,11 @@ def make(
     )
     memory: dict[str, Any] = {}
     mine = -(-samples // ranks.world_size())
+    one_forward = not (propagate or caches)
     cost = partial(budget, subject, samples=mine, length=length, device=device, max_memory=max_memory,
                    batch_size=batch_size, runs=bool(caches), surveys=any(m.surveys for m in modifiers),
-                   beside=not (propagate or caches or any(m.solves_alone for m in compressing)))  # fmt: skip
+                   one_forward=one_forward,
+                   beside=one_forward and not any(m.solves_alone for m in compressing))  # fmt: skip
     try:
         memory = cost(sites)
     except PlanError as error:

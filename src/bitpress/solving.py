@@ -143,7 +143,7 @@ def _gather(
     blocks = run.subject.blocks
     at = len(blocks) if index is None else index
     needs = frozenset().union(*(s.needs for s in sites.values()))
-    experts = _experts_in(run.subject, index) if index is not None else []
+    experts = experts_in(run.subject, index) if index is not None else []
     visit = blocks.visit_tail if index is None else partial(blocks.visit, index)
 
     def beside(number: int) -> Batch | None:
@@ -172,7 +172,7 @@ def _gather(
                 beside=None if policy else beside,
                 keep=None if policy or run.full is None else run.full.keep,
                 unpaired=frozenset(m for m, s in sites.items() if s.expert is not None),
-                out=out,
+                out=None if policy else out,
             )
             got = ranks.agreed(pass_)
             groups = ranks.reduce(got.groups, run.device)
@@ -235,13 +235,13 @@ def _at_once(
 def in_one_pass(run: Run, index: int, sites: Sequence[Site]) -> bool:
     """Whether one forward of the block surely serves the statistics of all its sites."""
     needy = [s for s in sites if s.needs]
-    if not needy or _experts_in(run.subject, index) or run.plan.smoothing[index]:
+    if not needy or run.plan.smoothing[index] or (experts_in(run.subject, index) and not run.plan.spare_hidden):
         return False
     needs = frozenset().union(*(s.needs for s in needy))
     return sum(StatsAccumulator.nbytes(s.columns, needs) for s in needy) <= run.plan.gram_bytes
 
 
-def _experts_in(subject: Subject, block: int) -> list[UnfusedExperts]:
+def experts_in(subject: Subject, block: int) -> list[UnfusedExperts]:
     """The experts modules of a block."""
     prefix = subject.blocks.prefix(block)
     return [e for n, e in subject.experts.items() if n.startswith(prefix)]

@@ -67,6 +67,26 @@ def test_one_forward_instead_of_two(tmp_path, monkeypatch):
     assert calls == [0, 1]
 
 
+@pytest.mark.parametrize("least", [1, 10_000], ids=["usual", "starved"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_one_forward_of_experts(tmp_path, monkeypatch, family, least):
+    """Where there is room for outputs beside inputs; starved experts take another of the same inputs."""
+    from bitpress import plan
+
+    folder, real, common = saved(tmp_path, family), plan.budget, {"propagate": False, "min_expert_tokens": least}
+    found, calls = {}, counted(monkeypatch)
+    for name, changes in {"one": {}, "two": {"spare_hidden": False}, "beside": {"solves_beside": True}}.items():
+        calls.clear()
+        monkeypatch.setattr(plan, "budget", lambda *a, _as=changes, **k: {**real(*a, **k), **_as})
+        found[name] = compressed(folder, tmp_path / name, batch_size=8, **common)
+        forwards = 2 if least > 1 else 1  # of the last block too
+        assert calls.count(0) == forwards + (name == "two") and calls.count(1) == forwards
+        policies = json.loads((tmp_path / name / "report.json").read_text())["totals"]["policies"]
+        assert bool(policies) == (least > 1)
+    for name in ("two", "beside"):
+        assert all(torch.equal(found["one"][n], found[name][n]) for n in found["one"])
+
+
 def test_fast_is_without(tmp_path, monkeypatch):
     folder, calls = saved(tmp_path), counted(monkeypatch)
     common = {"max_seq_length": 24, "num_calibration_samples": 8, "group_size": 16, "scheme": "W4A16", "batch_size": 8}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -10,11 +11,13 @@ from torch.sparse import SparseSemiStructuredTensor
 
 from bitpress import oneshot, train
 from bitpress.checkpoint import Source, on_device, write_shard
+from bitpress.errors import PlanError
 from bitpress.formats import bits
 from bitpress.math.gptq import gptq
 from bitpress.math.grid import Grid
 from bitpress.math.masks import Structure, holds
 from bitpress.math.stats import GramAccumulator
+from bitpress.subject import FolderSubject
 from bitpress.training import masks
 from bitpress.transformers import SparseAutoModelForCausalLM
 from bitpress.verified import mismatch
@@ -88,6 +91,37 @@ def test_blocks_finished_beside_the_next_one_are_the_same(tmp_path, monkeypatch)
         tensors[beside] = Source(out).read(Source(out).tensors)
     assert tensors[True].keys() == tensors[False].keys()
     assert all(torch.equal(t, tensors[False][n]) for n, t in tensors[True].items())
+
+
+@pytest.mark.parametrize("times", [1, 1.5])
+@pytest.mark.parametrize(
+    "recipe", [RECIPE, {"SparseGPTModifier": {"sparsity": 0.5, "mask_structure": "2:4"}}], ids=["gptq", "sparsegpt"]
+)
+def test_max_memory_holds(recipe, times, tmp_path):
+    shape = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 8, "num_key_value_heads": 4}
+    shape["max_position_embeddings"] = 512
+    base = save(build("llama", torch.bfloat16, num_hidden_layers=3, **shape), tmp_path / "base")
+    rows = [{"input_ids": [(7 * i + j) % 90 for j in range(512)]} for i in range(128)]
+    options = {"max_seq_length": 512, "num_calibration_samples": 128, "device": "cuda"}
+    with pytest.raises(PlanError, match="raise --max-memory") as refused:
+        oneshot(base, rows, recipe, output_dir=tmp_path / "out", max_memory="1MiB", **options)
+    needed = float(re.search(r"needs ([\d.]+) MiB", str(refused.value)).group(1))
+    limit = int((needed + 1) * times) << 20
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    oneshot(base, rows, recipe, output_dir=tmp_path / "out", max_memory=limit, **options)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["totals"]["peak_device_bytes"] <= limit
+
+
+def test_blocks_that_are_not_needed_are_not_read_ahead(tmp_path, monkeypatch):
+    fetched = []
+    monkeypatch.setattr(FolderSubject, "fetch", lambda self, prefix: fetched.append(prefix))
+    base = save(build("llama", torch.bfloat16, num_hidden_layers=5), tmp_path / "base")
+    recipe = {"GPTQModifier": {**RECIPE["GPTQModifier"], "targets": [r"re:.*layers\.[01]\..*"]}}
+    options = {"max_seq_length": 32, "num_calibration_samples": 12, "device": "cuda"}
+    oneshot(base, token_rows(), recipe, output_dir=tmp_path / "out", **options)
+    assert fetched == ["model.layers.1."]
 
 
 def test_a_stage_that_hands_on_what_an_earlier_one_solved(tmp_path):

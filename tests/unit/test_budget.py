@@ -22,9 +22,13 @@ def model(monkeypatch):
 
 def planned(model, limit=None, recipe=GPTQ, samples=64, length=256, **more):
     (stage,) = Recipe.load(recipe).stages
-    return plan.make(
-        stage.modifiers, ModuleSubject(model), samples=samples, length=length, device=CUDA, max_memory=limit, **more
-    )
+    subject = ModuleSubject(model)
+    try:
+        return plan.make(
+            stage.modifiers, subject, samples=samples, length=length, device=CUDA, max_memory=limit, **more
+        )
+    finally:
+        subject.close()
 
 
 def least(model, **more):
@@ -76,6 +80,17 @@ def test_pinned_hidden_states_count_as_they_are_had(model):
         assert chosen.hidden_on == "host"
         sizes.add(chosen.batch_size)
     assert len(sizes) > 1 and all(size & (size - 1) == 0 for size in sizes)
+
+
+def test_experts_take_one_forward_where_their_outputs_have_room(monkeypatch):
+    monkeypatch.setattr(budgets, "available", lambda device: 8 << 30)
+    experts = build("qwen3_moe", num_hidden_layers=2)
+    roomy = planned(experts, propagate=False)
+    assert roomy.spare_hidden and roomy.hidden_on == "device" and not planned(experts).spare_hidden
+    start = least(experts)
+    for limit in (start, int(1.5 * start), 2 * start, 4 * start):
+        made = planned(experts, limit, propagate=False)
+        assert made.device_bytes <= limit and not (made.spare_hidden and made.hidden_on != "device")
 
 
 @pytest.mark.parametrize(
