@@ -48,20 +48,13 @@ def solve_each(steps: Sequence[Step], problems: Sequence[Problem], dtype: torch.
     """`solve` for several inputs whose linears have the same shapes: on a GPU, quantizers take them together."""
     current: list[Problem] = list(problems)
     solved: list[list[Solved]] | None = None
-    waiting = list(steps)
-    while waiting:
-        step = waiting.pop(0)
+    for step in steps:
         modifier = step.modifier
         if not isinstance(modifier, PruningModifier):
             quantizer, group = _quantizer(step)
             solved = quantizer.solve_each(current, group, formats.grid_of(group.scheme, dtype))
             continue
-        if waiting and modifier.joins(waiting[0].modifier):
-            quantizer, group = _quantizer(waiting.pop(0))
-            grid = formats.grid_of(group.scheme, dtype)
-            solved = [modifier.prune_and_quantize(w, s, step.sparsity, quantizer, group, grid) for w, s in current]
-        else:
-            current = [(modifier.prune(w, s, step.sparsity), s) for w, s in current]
+        current = [(modifier.prune(w, s, step.sparsity), s) for w, s in current]
         if modifier.corrects:
             current = [(w, _settled(s)) for w, s in current]
     if solved is None:

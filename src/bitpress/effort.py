@@ -103,7 +103,8 @@ def asked_for(
 def _zeros(sparsity: Any) -> dict[str, Any]:
     """The key of a pruning modifier that a sparsity means: a structure such as "2:4", which YAML 1.1 reads as 124 where
     it is not quoted, or a share of zeros."""
-    structured = ":" in sparsity if isinstance(sparsity, str) else isinstance(sparsity, int) and sparsity >= 60
+    minutes = isinstance(sparsity, int) and sparsity >= 60 and 0 < sparsity // 60 < sparsity % 60
+    structured = ":" in sparsity if isinstance(sparsity, str) else minutes
     return {"mask_structure" if structured else "sparsity": sparsity}
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from bitpress.modifiers.pruning import ProfileModifier
+from bitpress.modifiers.pruning.base import LEAST
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +36,8 @@ class Profile:
         return [sum(s.rows * s.columns for s in mine) for mine in self.sites]
 
     def shares(self, ratios: Sequence[float]) -> list[float]:
-        """The share of zeros of each block, by its share of outliers; 0 where nothing is pruned."""
+        """The share of zeros of each block, by its share of outliers; 0 where nothing is pruned, or so little that it
+        could not be told from chance: the nearer of 0 and the least."""
         from bitpress.math.owl import allocate
 
         at = [i for i, size in enumerate(self.sizes) if size]
@@ -43,7 +45,8 @@ class Profile:
             [ratios[i] for i in at], [self.sizes[i] for i in at], self.modifier.mean_sparsity, self.modifier.spread
         )
         found = dict(zip(at, shares, strict=True))
-        return [round(found.get(i, 0.0), 6) for i in range(len(self.sites))]
+        told = {i: share if share >= LEAST else LEAST * round(share / LEAST) for i, share in found.items()}
+        return [round(told.get(i, 0.0), 6) for i in range(len(self.sites))]
 
 
 def find_profiles(

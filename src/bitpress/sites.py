@@ -190,9 +190,11 @@ def find_sites(modifiers: Sequence[Any], subject: Subject) -> tuple[list[Site], 
         ranks: dict[str, int] = {}
         # what is to be left alone goes first, so that it wins where others name the same linears as exactly
         groups = sorted(modifier.claims(), key=modifier.leaves, reverse=True)
+        unmet: set[str] = set()  # groups whose patterns are at fault
         for group in groups:
             chosen = resolve(entries, group.targets, names(modifier.ignore), kind)
             faults += chosen.faults
+            unmet |= {group.name} if chosen.faults else set()
             # leaving out an output head that is not there is what every recipe does
             notes += [n for n in chosen.notes if n not in notes and "'lm_head' matches" not in n]
             for entry in chosen.linears:
@@ -215,9 +217,9 @@ def find_sites(modifiers: Sequence[Any], subject: Subject) -> tuple[list[Site], 
         mine = {name: site for name, site in mine.items() if not modifier.leaves(site.steps[0].claim)}
         if mine:
             faults += [
-                f"{kind}.{modifier.claims_key}.{g.name}: others name all of its linears more exactly; drop it"
+                f"{kind}.{modifier.claims_key}.{g.name}: others name all of its linears first, or more exactly; drop it"
                 for g in groups
-                if g.name not in used
+                if g.name not in used | unmet
             ]
         for name, site in mine.items():
             if (before := claimed.get(name)) is None:
@@ -347,7 +349,7 @@ def shape_faults(site: Site, scheme: Scheme, alike: int) -> list[str]:
         why = f"{site.columns} input columns are not divisible by group_size {size}"
         if args.type == "int":
             tries = ", ".join(str(n) for n in near_divisors(alike, size))
-            return [f"{why} (try {tries})"]
+            return [f"{why} (try {tries}, -1)"]
         return [f"{why}, which its format fixes; add it to ignore or choose another scheme"]
     if args.block_structure is not None:
         rows, columns = args.block_structure

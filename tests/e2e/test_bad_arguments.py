@@ -41,8 +41,8 @@ RECIPES = {
         PlanError,
         {"GPTQModifier": {"scheme": "W4A16", "group_size": 24, "ignore": ["lm_head"]}},
         [
-            "model.layers.0.self_attn.q_proj: 32 input columns are not divisible by group_size 24 (try 8, 16, 32)",
-            "model.layers.0.mlp.down_proj: 64 input columns are not divisible by group_size 24 (try 8, 16, 32)",
+            "model.layers.0.self_attn.q_proj: 32 input columns are not divisible by group_size 24 (try 8, 16, 32, -1)",
+            "model.layers.0.mlp.down_proj: 64 input columns are not divisible by group_size 24 (try 8, 16, 32, -1)",
             "[and 11 more linears]",
         ],
     ),

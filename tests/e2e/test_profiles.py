@@ -59,6 +59,14 @@ def test_a_block_with_outliers_is_pruned_less(base, tmp_path, modifier):
     assert_same_tensors(tensors(out), tensors(tmp_path / "again"))
 
 
+def test_a_share_that_could_not_be_told_from_chance(base, tmp_path):
+    few = {**OWL, "sparsity": 0.03, "owl_lmbda": 0.025}
+    oneshot(base, ROWS, WandaPruningModifier(**few), output_dir=tmp_path / "out", **OPTIONS)
+    (section,) = json.loads((tmp_path / "out" / "report.json").read_text())["sparsity_profiles"]
+    assert min(section["sparsity"]) in (0, 0.02) and all(s == 0 or s >= 0.02 for s in section["sparsity"])
+    assert zeros(tmp_path / "out")[0] == pytest.approx(section["sparsity"], abs=0.02)
+
+
 def test_with_a_size_target_after_it_and_broken_off(base, tmp_path, monkeypatch):
     recipe = {
         "modifiers": [{"SparseGPTModifier": OWL}, {"GPTQModifier": {"bits": 4.5, "ignore": ["lm_head"], **PLAIN}}]

@@ -228,7 +228,7 @@ def test_a_group_size_that_does_not_fit_is_told(base, monkeypatch):
     found = scan(base, ROWS, measure="gram", group_size=128, **OPTIONS)  # fits down_proj alone
     assert {x.schemes["4"] for x in found.layers if "down" in x.name} == {"W4A16 g128"}
     (note,) = found.notes
-    assert "q_proj: 64 input columns are not divisible by group_size 128 (try 16, 32, 64)" in note
+    assert "q_proj: 64 input columns are not divisible by group_size 128 (try 16, 32, 64, -1)" in note
     assert "[and 11 more linears]; what fits of 128, 64, 32 and a row is taken there" in note
     monkeypatch.setattr(sys.modules["bitpress.scan"], "_measured", lambda *a, **k: pytest.fail("measured"))
     for size in (7, 48):

@@ -181,7 +181,10 @@ def test_dense_beside_scales_packs_to_the_same_bytes(keys, base, tmp_path):
     [
         ({"scheme": "FP8_BLOCK"}, r"32 x 32 is not divisible into blocks of 128 x 128, as vLLM needs; add it to ign"),
         ({"scheme": "MXFP4XFP8"}, "32 input columns are not divisible by the activations' group_size 128"),
-        ({"scheme": "W4A8"}, r"32 input columns are not divisible by group_size 128 \(try 8, 16, 32\)"),
+        (
+            {"scheme": "W4A8"},
+            r"32 input columns are not divisible by group_size 128 \(try 8, 16, 32, -1\)",
+        ),
     ],
 )
 def test_shapes_that_do_not_fit(keys, fault, tmp_path):

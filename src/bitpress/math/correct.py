@@ -34,7 +34,8 @@ def correction(drift: Tensor, paired: Tensor, strength: float, dampening: float 
     mean = damped.diagonal().mean()
     damped.diagonal().add_(dampening * mean + (mean == 0))  # without any input there is no drift either
     factor, info = torch.linalg.cholesky_ex(damped)
-    solved: Tensor = torch.cholesky_solve(drift.double().T, factor).T
+    half = torch.linalg.solve_triangular(factor, drift.double().T, upper=False)
+    solved: Tensor = torch.linalg.solve_triangular(factor.T, half, upper=True).T
     if not (torch.isfinite(solved).all() & (info == 0)):
         if torch.isfinite(paired).all() and torch.isfinite(drift).all():
             raise NumericsError("the drift of the inputs cannot be undone: their Gram matrix is singular")

@@ -1,5 +1,7 @@
 """Better scales for fixed codes: joint least squares over a row's groups, under the Gram matrix.
 
+Codes and scales in turn are alternating minimization (Xu et al. 2018, arXiv 1802.00150: of the weight's own error).
+
 Legend: R out features, C in features, G groups.
 """
 

@@ -18,10 +18,8 @@ from bitpress.targets import pattern_fault
 if TYPE_CHECKING:  # recipes are read without torch
     from torch import Tensor
 
-    from bitpress.math.grid import Grid, Solved
     from bitpress.math.masks import Structure
     from bitpress.math.stats import InputStats
-    from bitpress.modifiers.quantization import SchemeGroup, SchemeModifier
 
 CONFIG = ConfigDict(extra="forbid", strict=True)
 
@@ -221,10 +219,6 @@ class PruningModifier(LinearModifier):
         """Whether a share of zeros makes at least one weight of (rows, columns) zero."""
         return round(sparsity * rows * columns) > 0
 
-    def joins(self, following: Modifier) -> bool:
-        """Whether it prunes and quantizes in one go if this modifier follows it on the same linears."""
-        return False
-
     def prune(self, weights: Sequence[Tensor], stats: InputStats | None, sparsity: float | None) -> list[Tensor]:
         """Prune linears that read the same input.
 
@@ -236,18 +230,6 @@ class PruningModifier(LinearModifier):
         Returns:
             The pruned weights, float32.
         """
-        raise NotImplementedError
-
-    def prune_and_quantize(
-        self,
-        weights: Sequence[Tensor],
-        stats: InputStats | None,
-        sparsity: float | None,
-        quantizer: SchemeModifier,
-        group: SchemeGroup,
-        grid: Grid,
-    ) -> list[Solved]:
-        """The same with rounding in the same sweep; only called if it `joins` the quantizer."""
         raise NotImplementedError
 
 

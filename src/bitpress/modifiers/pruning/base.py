@@ -19,7 +19,8 @@ if TYPE_CHECKING:  # recipes are read without torch
     from bitpress.math.masks import Structure
 
 UNSTRUCTURED = ("0:0", "unstructured")
-LEAST = 0.01  # a smaller share of zeros could not be told from those that dense weights have by chance
+# a smaller share of zeros, rounded down in each row, could not be told from those that dense weights have by chance
+LEAST = 0.02
 STRUCTURES = ("2:4", "4:8", "0:0", "unstructured")
 
 
@@ -211,6 +212,8 @@ def structure_fault(text: str) -> str | None:
     pruned, size = map(int, match.groups())
     if not 0 < pruned < size:
         return f"{text} prunes {pruned} of {size}; N must be between 0 and M"
+    if pruned < LEAST * size:
+        return f"{text} prunes {pruned / size:.2g} of the weights; the least is {LEAST}"
     return None
 
 

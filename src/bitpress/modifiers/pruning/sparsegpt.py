@@ -28,7 +28,8 @@ class SparseGPTModifier(ProfileModifier):
             prune anywhere in a linear. Default: "0:0".
         targets: linears to prune, one pattern or a list; see `bitpress.targets`. Default: "Linear".
         ignore: linears to leave as they are, patterns as in targets. Default: none.
-        block_size: columns of the sweep between two updates of the rest of the weight. Default: 128.
+        block_size: columns of the sweep between two updates of the rest of the weight, where `mask_rounds` is 0.
+            Default: 128.
         dampening_frac: what is added to the diagonal of the Gram matrix, as a fraction of its mean.
             Default: 0.01.
         preserve_sparsity_mask: weights that are zero stay zero and count. Default: false.
@@ -86,3 +87,8 @@ class SparseGPTModifier(ProfileModifier):
         if self.mask_rounds < 0:
             found.append(f"mask_rounds: must be 0 or more, got {self.mask_rounds}")
         return found
+
+    def notes(self) -> list[str]:
+        idle = self.mask_rounds > 0 and self.block_size != 128
+        why = "the mask is searched for over the whole linear; mask_rounds: 0 sweeps in blocks"
+        return super().notes() + [f"block_size: has no effect: {why}"] * idle
