@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from bitpress.sites import Site
 
 PROCESS_BYTES = 900 << 20  # python, torch and transformers themselves, as measured
+DEVICE_BYTES = 1 << 30  # of a GPU: workspaces of the libraries, a chunk of the scale refit, a shard's pieces
 EXPERT_BATCHES = 4  # times as many on a GPU where experts share them
 TOGETHER = 4 << 30  # bytes, beyond what one needs, for problems that a GPU solves together
 SMALL = 1 << 21  # weights; larger linears are solved one at a time: each keeps all cores busy, and takes memory
@@ -81,7 +82,7 @@ def budget(
     on_cpu = device.type == "cpu"
     free = available(device)
     limit = max_memory or int(0.8 * free)
-    base = PROCESS_BYTES if on_cpu else 0
+    base = PROCESS_BYTES if on_cpu else DEVICE_BYTES
     copies = 3 if any(s.smoothing for s in sites) else 2  # folds are tried on the block, and taken back
     tuning = tuning_bytes(sites, length, width, item, int(config.vocab_size))
     of_block = copies * block

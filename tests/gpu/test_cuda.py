@@ -105,8 +105,8 @@ def test_max_memory_holds(recipe, times, tmp_path):
     options = {"max_seq_length": 512, "num_calibration_samples": 128, "device": "cuda"}
     with pytest.raises(PlanError, match="raise --max-memory") as refused:
         oneshot(base, rows, recipe, output_dir=tmp_path / "out", max_memory="1MiB", **options)
-    needed = float(re.search(r"needs ([\d.]+) MiB", str(refused.value)).group(1))
-    limit = int((needed + 1) * times) << 20
+    number, unit = re.search(r"needs ([\d.]+) ([MG]iB)", str(refused.value)).groups()
+    limit = int((float(number) + 0.01) * times * (1 << {"MiB": 20, "GiB": 30}[unit]))
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     oneshot(base, rows, recipe, output_dir=tmp_path / "out", max_memory=limit, **options)

@@ -97,8 +97,10 @@ class Grid:
 
     @property
     def few_shares(self) -> tuple[float, ...]:
-        """Some of `shares`, where the error that is left is only to be compared with that of another weight."""
-        return self.shares[::3] if self.values == "int" else self.shares
+        """Some of `shares`, where the error that is left is only to be compared with that of another weight: where
+        scales of both signs are tried, a third of them. With 2 and 3 bits the best one has to be known more exactly.
+        """
+        return self.shares[::3] if self.bits >= 4 and len(self.shares) > len(SHRINK) else self.shares
 
     @property
     def fused(self) -> bool:

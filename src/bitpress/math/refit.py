@@ -12,10 +12,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from bitpress.math.grid import CHUNK, LARGE_CHUNK, Grid, QParams, values_of
+from bitpress.math.grid import CHUNK, Grid, QParams, values_of
 from bitpress.math.products import product
 
 RIDGE = 1e-4  # of the mean diagonal: pulls scales that the data says nothing about to where they were
+CUDA_CHUNK = 1 << 24  # numbers of the normal equations at a time, each of which takes 36 bytes in all
 FARTHEST = 2.0  # times its old value that a scale may become
 
 
@@ -40,7 +41,7 @@ def refit_scales(weight_gram: Tensor, codes: Tensor, hessian: Tensor, qparams: Q
     if grid.scales != "free" or not grid.rows_alone:
         return qparams
     (R, C), G = codes.shape[-2:], qparams.scale.shape[-1]
-    step = max(1, (LARGE_CHUNK if codes.device.type == "cuda" else CHUNK) // max(G * G, C))
+    step = max(1, (CUDA_CHUNK if codes.device.type == "cuda" else CHUNK) // max(G * G, C))
     pulls, all_codes, hessians = (x.reshape(-1, *x.shape[-2:]) for x in (weight_gram, codes, hessian))
     old = qparams.scale.reshape(-1, R, G)
     zeros = None if qparams.zero_point is None else qparams.zero_point.reshape(-1, R, G)
