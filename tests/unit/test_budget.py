@@ -14,9 +14,14 @@ CUDA = torch.device("cuda")
 GPTQ = {"GPTQModifier": {"scheme": "W4A16", "group_size": 16, "ignore": ["lm_head"]}}
 
 
-@pytest.fixture
-def model(monkeypatch):
+@pytest.fixture(autouse=True)
+def device(monkeypatch):
     monkeypatch.setattr(budgets, "available", lambda device: 8 << 30)
+    monkeypatch.setattr(budgets, "DEVICE_BYTES", 0)  # a thousand times what these models take
+
+
+@pytest.fixture
+def model():
     return build("llama", num_hidden_layers=2)
 
 
@@ -82,8 +87,7 @@ def test_pinned_hidden_states_count_as_they_are_had(model):
     assert len(sizes) > 1 and all(size & (size - 1) == 0 for size in sizes)
 
 
-def test_experts_take_one_forward_where_their_outputs_have_room(monkeypatch):
-    monkeypatch.setattr(budgets, "available", lambda device: 8 << 30)
+def test_experts_take_one_forward_where_their_outputs_have_room():
     experts = build("qwen3_moe", num_hidden_layers=2)
     roomy = planned(experts, propagate=False)
     assert roomy.spare_hidden and roomy.hidden_on == "device" and not planned(experts).spare_hidden
