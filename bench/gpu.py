@@ -6,9 +6,10 @@ python bench/gpu.py [--shape 8b|70b|moe] [--cases gptq ...] [--blocks 3] [--samp
 The model has the shapes of Llama-3-8B, Llama-3-70B or Qwen3-30B-A3B and random weights, made on the GPU: speed does not
 depend on them. bitpress streams it from disk and writes the checkpoint; --peer is the interpreter of llm-compressor's
 environment, which starts with a loaded model and ends before saving. Each case runs after one with 8 samples, which
-compiles the kernels, and once more with the device synchronized around each step, which gives the split. The error is
-that of the hidden states after the last block on 8 sequences that were not calibrated on, relative to their energy. The
-limit is what the products of the forwards and Gram matrices alone would take at this card's rate for a large one.
+compiles the kernels, and once more with the device synchronized around each step, which gives the split (not of `fast`,
+whose steps run beside each other). The error is that of the hidden states after the last block on 8 sequences that were
+not calibrated on, relative to their energy. The limit is what the products of the forwards and Gram matrices alone would
+take at this card's rate for a large one.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ STEPS = {
     "statistics": ("bitpress.math.stats.StatsAccumulator.add",),
     "factor": ("bitpress.math.gptq.inverse_factors",),
     "sweep": ("bitpress.math.gptq.sweep", "bitpress.math.gptq.descend", "bitpress.math.gptq.refit_scales"),
+    "search": ("bitpress.math.sparsegpt.search", "bitpress.math.sparsegpt.refit"),
     "scales": ("bitpress.math.gptq._find", "bitpress.math.rtn.find_all"),
     "pack": ("bitpress.output.Output.write",),
 }
@@ -157,7 +159,8 @@ def measure(model: Path, out: Path, rows: list[list[int]], case: str, args: argp
     run(model, out, rows[:8], case, args.max_memory)
     totals = run(model, out, rows, case, args.max_memory)
     phases = per_block(totals, args.blocks)
-    split = {} if args.no_split else {"split": _split(model, out, rows, case, args)}
+    apart = CASES[case][1].get("propagate", True)  # else one block is solved while the next one runs
+    split = {} if args.no_split or not apart else {"split": _split(model, out, rows, case, args)}
     seconds, least = sum(phases.values()), limit(args.shape, case, len(rows), len(rows[0]))
     share = {} if least is None else {"limit_seconds": least, "share_of_limit": least / seconds}
     return {
