@@ -24,6 +24,7 @@ Effort = Literal["fast", "balanced", "best"]
 EFFORTS: tuple[Effort, ...] = get_args(Effort)
 METHODS = {"gptq": "GPTQModifier", "rtn": "QuantizationModifier"}
 CORRECT, DAMPENING = 0.4, 0.05
+SEXAGESIMAL = (124, 248, 496)  # 2:4, 4:8 and 8:16 as YAML 1.1 reads them where they are not quoted
 
 
 def asked_for(
@@ -85,6 +86,8 @@ def asked_for(
     if blockwise:
         more = [n for n in ("method", "effort", "sparsity") if given[n] not in (None, "rtn")]
         faults += [f"{spelled(n)}: {str(scheme).upper()} is rounded to nearest by bitsandbytes; drop it" for n in more]
+    if sparsity is not None and str(sparsity).strip() in ("0", "0.0"):
+        faults.append(f"{spelled('sparsity')}: {sparsity} prunes nothing; leave it out")
     if faults:
         raise ConfigError(faults)
     pruning = None
@@ -101,10 +104,8 @@ def asked_for(
 
 
 def _zeros(sparsity: Any) -> dict[str, Any]:
-    """The key of a pruning modifier that a sparsity means: a structure such as "2:4", which YAML 1.1 reads as 124 where
-    it is not quoted, or a share of zeros."""
-    minutes = isinstance(sparsity, int) and sparsity >= 60 and 0 < sparsity // 60 < sparsity % 60
-    structured = ":" in sparsity if isinstance(sparsity, str) else minutes
+    """The key of a pruning modifier that a sparsity means: a structure such as "2:4", or a share of zeros."""
+    structured = ":" in sparsity if isinstance(sparsity, str) else sparsity in SEXAGESIMAL
     return {"mask_structure" if structured else "sparsity": sparsity}
 
 

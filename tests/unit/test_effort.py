@@ -41,7 +41,13 @@ def test_a_sparsity_prunes_first():
     assert list(rounded) == ["SparseGPTModifier", "QuantizationModifier"]
     assert list(asked_for(sparsity="2:4", effort="best")) == ["SparseGPTModifier", "TuneModifier"]
     assert list(asked_for(sparsity="2:4", bits=4.5, effort="balanced")) == ["SparseGPTModifier", "GPTQModifier"]
-    for sparsity, key in (("2-4", "sparsity"), ("4:2", "mask_structure"), (1.5, "sparsity"), ("half", "sparsity")):
+    for sparsity, key in (
+        ("2-4", "sparsity"),
+        ("4:2", "mask_structure"),
+        (1.5, "sparsity"),
+        (75, "sparsity"),
+        ("half", "sparsity"),
+    ):
         with pytest.raises(RecipeError, match=f"^SparseGPTModifier.{key}: "):
             Recipe.load(asked_for(sparsity=sparsity))
 
@@ -91,6 +97,8 @@ def test_a_scheme_is_a_recipe():
         ({"scheme": "W4A16", "effort": "fast", "method": "rtn"}, "effort: goes with method gptq"),
         ({"scheme": "W4A16", "bits": 4.5, "effort": "fast"}, "scheme: cannot go with bits"),
         ({"sparsity": "2:4", "method": "rtn", "group_size": 64}, "group_size: goes with scheme or bits"),
+        ({"sparsity": "0", "scheme": "W4A16"}, "sparsity: 0 prunes nothing; leave it out"),
+        ({"sparsity": 0.0}, "sparsity: 0.0 prunes nothing; leave it out"),
         ({"sparsity": "2:4", "scheme": "NF4"}, "sparsity: NF4 is rounded to nearest by bitsandbytes; drop it"),
         ({"sparsity": "2:4", "written": "W"}, "sparsity: cannot go with recipe"),
     ],
