@@ -62,20 +62,24 @@ def budget(
     config = subject.config.get_text_config() if hasattr(subject.config, "get_text_config") else subject.config
     width = int(config.hidden_size)
     runs = runs or any(s.needs for s in sites)
-    hidden = samples * length * width * item if runs else 0
-    if every := full_every(sites):  # the uncompressed model's, before and after a block
-        hidden += 2 * hidden // every
+    sequence_states = length * width * item if runs else 0
+    every = full_every(sites)  # of that many batches the uncompressed model's too, before and after a block
+    hidden = samples * sequence_states
+    hidden += 2 * hidden // every if every else 0
     widest = max((max(s.rows, s.columns) for s in sites), default=width)
     # one sequence's live activations in a block, and the float32 copy of the widest input for its Gram matrix
     sequence = length * ((4 if surveys else item) * (6 * width + 3 * widest) + 4 * widest)
     if device.type == "cpu" and without_instructions(subject.dtype):  # a product's factors and result in float32
         sequence += length * 4 * (width + widest)
     solver = _solver_bytes(sites, device)
+    union: dict[int | None, frozenset[str]] = {}  # a pass gathers of each input what any linear of the block needs
+    for s in sites:
+        union[s.block] = union.get(s.block, frozenset()) | s.needs | ({"gram"} if surveys else set())
     held: Counter[int | None] = Counter()  # statistics by block, as if no two linears read the same input
     least_gram = 0
     for s in sites:
-        if needs := s.needs | {"gram"} if surveys else s.needs:
-            size = StatsAccumulator.nbytes(s.columns, needs)
+        if s.needs or surveys:
+            size = StatsAccumulator.nbytes(s.columns, union[s.block])
             least_gram = max(least_gram, size)
             held[s.block] += size
     more_grams = max(held.values(), default=0) - least_gram
@@ -110,9 +114,9 @@ def budget(
         where = "disk"
         if not on_cpu:
             even = 1 << (batch_size.bit_length() - 1)  # pinned memory is had in powers of two
-            pinned = _pinned(hidden, samples, batch_size)
-            if chosen and _pinned(hidden, samples, even) < pinned:
-                batch_size, pinned = even, _pinned(hidden, samples, even)
+            pinned = _pinned(sequence_states, samples, batch_size, every)
+            if chosen and (less := _pinned(sequence_states, samples, even, every)) < pinned:
+                batch_size, pinned = even, less
             where = "host" if pinned <= int(0.6 * available(torch.device("cpu"))) else "disk"
     on_device = hidden if where == "device" else 0
     room = limit - fixed - batch_size * sequence
@@ -134,10 +138,11 @@ def budget(
     }  # fmt: skip
 
 
-def _pinned(hidden: int, samples: int, batch_size: int) -> int:
-    """What hidden states of so many bytes take in pinned memory: torch rounds each batch up to a power of two."""
-    batch_size = min(batch_size, samples)
-    return -(-samples // batch_size) * (1 << (hidden * batch_size // samples - 1).bit_length())
+def _pinned(sequence: int, samples: int, batch_size: int, every: int) -> int:
+    """What hidden states take in pinned memory, of `sequence` bytes each: torch rounds a batch up to a power of two."""
+    batch_size = max(1, min(batch_size, samples))
+    batches = -(-samples // batch_size)
+    return (batches + (2 * -(-batches // every) if every else 0)) * (1 << (sequence * batch_size - 1).bit_length())
 
 
 def _solver_bytes(sites: Sequence[Site], device: torch.device) -> int:

@@ -6,6 +6,7 @@ import torch
 from bitpress import budget as budgets
 from bitpress import plan
 from bitpress.errors import PlanError
+from bitpress.math.stats import StatsAccumulator
 from bitpress.recipe import Recipe
 from bitpress.subject import ModuleSubject
 from conftest import build
@@ -69,6 +70,18 @@ def test_more_memory_is_used_for_all_gram_matrices_then_for_hidden_states(model)
     assert roomy.hidden_on == "device" and roomy.batch_size > tight.batch_size
 
 
+def test_inputs_of_a_block_count_with_what_any_of_its_linears_needs(model):
+    """One pass gathers it all, so that is what has to fit."""
+    static = {"FP8": ["re:.*(q|k|v|gate|up)_proj"]}
+    int4 = {"weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 16}}
+    groups = {**static, "int4": {**int4, "targets": ["re:.*(o|down)_proj"]}}
+    made = planned(model, recipe={"GPTQModifier": {"config_groups": groups, "ignore": ["lm_head"]}})
+    sites = [s for s in made.sites if s.block == 0]
+    needs = frozenset().union(*(s.needs for s in sites))
+    assert any(s.needs != needs for s in sites)
+    assert made.gram_bytes >= sum(StatsAccumulator.nbytes(s.columns, needs) for s in sites)
+
+
 def test_pinned_hidden_states_count_as_they_are_had(model):
     exact = 64 * 256 * model.config.hidden_size * 4
     by_batch = {}
@@ -78,6 +91,12 @@ def test_pinned_hidden_states_count_as_they_are_had(model):
         by_batch[batch] = made.host_bytes
     assert by_batch[4] == by_batch[8]
     assert by_batch[5] - by_batch[4] == 13 * 8 * (exact // 64) - exact  # 13 batches, each rounded up to 8 sequences
+    second = {"GPTQModifier": {**GPTQ["GPTQModifier"], "correct": 0.4}}  # a quarter of the batches in two more streams
+    limit = least(model, recipe=second)
+    made = planned(model, limit, recipe=second, batch_size=5)
+    plain = planned(model, limit, recipe=GPTQ, batch_size=5)
+    assert made.hidden_on == plain.hidden_on == "host"
+    assert made.host_bytes - plain.host_bytes == 2 * 4 * 8 * (exact // 64)
     sizes = set()
     start = least(model)
     for times in range(4, 40, 3):

@@ -105,19 +105,15 @@ def gptq_each(
     codes = sweep(p.wanted, factor, p.qparams, p.groups, grid, block_size, p.keep)
     for e, of_input in enumerate(masks):  # the sweep's compensation counted on weights that were to become zero
         for rows in _runs([mask is not None for mask in of_input], [len(w) for w in problems[e][0]]):
-            one, mine = p.of(e), codes if codes.dim() == 2 else codes[e]
-            assert one.keep is not None
-            mine[rows] = descend(
-                one.wanted[rows], mine[rows], one.ordered, one.qparams.of(rows), one.groups, grid, block_size,
-                passes=PASSES, keep=one.keep[rows],
-            )  # fmt: skip
-    qparams = p.qparams
-    if refine:
-        pulled = product(p.target, p.hessian)
+            _descend_pruned(p.of(e), codes if codes.dim() == 2 else codes[e], rows, grid, block_size)
+    qparams, pulled = p.qparams, product(p.target, p.hessian) if refine else None
+    if pulled is not None:
         for _ in range(refine):
             codes = descend(p.wanted, codes, p.ordered, qparams, p.groups, grid, block_size, passes=1, keep=p.keep)
             qparams = refit_scales(pulled, _permuted(codes, p.back, -1), p.hessian, qparams, grid)
-    found = solved_each([weights for weights, _ in problems], _permuted(codes, p.back, -1), qparams, grams)
+    codes, pulled = _permuted(codes, p.back, -1), None
+    del p, factor  # what is measured next takes as much
+    found = solved_each([weights for weights, _ in problems], codes, qparams, grams)
     for e in again:
         found[e] = [replace(z, note=IN_FLOAT64) for z in found[e]]
     return found
@@ -187,6 +183,15 @@ def _pose(
         ordered=_permuted(_permuted(hessian, perm, -2), perm, -1),
         groups=perm // (grid.group_size or C),
         keep=None if keep is None else _permuted(keep, perm, -1),
+    )  # fmt: skip
+
+
+def _descend_pruned(p: _Posed, codes: Tensor, rows: slice, grid: Grid, block_size: int) -> None:
+    """Better codes of some rows of an input, in place."""
+    assert p.keep is not None
+    codes[rows] = descend(
+        p.wanted[rows], codes[rows], p.ordered, p.qparams.of(rows), p.groups, grid, block_size, passes=PASSES,
+        keep=p.keep[rows],
     )  # fmt: skip
 
 

@@ -46,16 +46,19 @@ def solved_each(
             solved(w, codes[end - n : end], qparams.rows(end - n, end), grams)
             for w, (end, n) in zip(weights[0], parts, strict=True)
         ]]  # fmt: skip
-    whole = torch.stack([torch.cat(list(of_input)) for of_input in weights])
-    dense = dequantize(codes.flatten(0, 1), qparams.reshaped(-1)).reshape(whole.shape)
-    both = torch.cat([dense.float() - whole, whole], 1)
-    energy = product(both, grams).mul_(both).sum(-1).reshape(len(whole), 2, -1)
-    of_linear = [energy[..., end - n : end].sum(-1) for end, n in parts]  # (E, 2): lost, kept
-    errors = [(e[:, 0] / e[:, 1].clamp(min=1e-30)).unbind() for e in of_linear]
+    errors: list[Tensor] = []  # of each input's linears
+    some = -(-len(codes) // 4)  # inputs at a time: a dozen tensors of their size are held
+    for at in (slice(first, first + some) for first in range(0, len(codes), some)):
+        whole = torch.stack([torch.cat(list(of_input)) for of_input in weights[at]])
+        dense = dequantize(codes[at].flatten(0, 1), qparams.of(at).reshaped(-1)).reshape(whole.shape)
+        both = torch.cat([dense.float() - whole, whole], 1)
+        energy = product(both, grams[at]).mul_(both).sum(-1).reshape(len(whole), 2, -1)
+        lost, kept = torch.stack([energy[..., end - n : end].sum(-1) for end, n in parts], -1).unbind(1)
+        errors += (lost / kept.clamp(min=1e-30)).unbind()
     return [
         [
-            Solved(mine[end - n : end], qparams.of(e).rows(end - n, end), error[e])
-            for (end, n), error in zip(parts, errors, strict=True)
+            Solved(mine[end - n : end], qparams.of(e).rows(end - n, end), error)
+            for (end, n), error in zip(parts, errors[e].unbind(), strict=True)
         ]
         for e, mine in enumerate(codes)
-    ]  # fmt: skip
+    ]
