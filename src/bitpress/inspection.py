@@ -348,7 +348,7 @@ def _inspect_gguf(path: Path, files: list[Path]) -> Inspection:
     try:
         import gguf
     except ImportError:
-        remedy = "install the gguf package to see what it holds: pip install 'bitpress[demo]'"
+        remedy = "install the gguf package to see what it holds: pip install --no-deps gguf"
         return Inspection(path=str(path), method="gguf", bytes=size, shards=len(files), messages=(remedy,))
     layers, parameters, stored, architecture = [], 0, 0, None
     for file in files:
