@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # recipes are read without torch
     from bitpress.math.masks import Structure
 
 UNSTRUCTURED = ("0:0", "unstructured")
-# a smaller share of zeros, rounded down in each row, could not be told from those that dense weights have by chance
+# a smaller share of zeros, rounded in each row, could not be told from those that dense weights have by chance
 LEAST = 0.02
 STRUCTURES = ("2:4", "4:8", "0:0", "unstructured")
 
