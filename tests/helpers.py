@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bitpress import output
 from bitpress.checkpoint import Source
 
 CHAT_TEMPLATE = (
@@ -20,6 +22,28 @@ WORDS = [f"w{i}" for i in range(90)]
 PLAIN = {"observer": "minmax", "refine": 0}
 W4 = {"GPTQModifier": {"scheme": "W4A16", "group_size": 16, "ignore": ["lm_head"], **PLAIN}}
 OPTIONS: dict[str, Any] = {"max_seq_length": 32, "num_calibration_samples": 12}  # all of `conftest.token_rows()`
+
+
+class Killed(BaseException):
+    """The process is gone: nothing in the product catches it."""
+
+
+def stop_after(monkeypatch: Any, shards: int) -> None:
+    """The run dies before it writes one more shard."""
+    real = output.Output.write
+
+    def write(self: Any, shard: int, *args: Any, **options: Any) -> None:
+        if shard == shards:
+            raise Killed
+        real(self, shard, *args, **options)
+
+    monkeypatch.setattr(output.Output, "write", write)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Of everything that must be the same: the report, which has times, is left out."""
+    names = [f for f in folder.iterdir() if f.name not in ("report.json", "report.html")]
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in names}
 
 
 def make_tokenizer(folder: Path, *, chat: bool = True) -> Any:

@@ -72,17 +72,8 @@ def budget(
     if device.type == "cpu" and without_instructions(subject.dtype):  # a product's factors and result in float32
         sequence += length * 4 * (width + widest)
     solver = _solver_bytes(sites, device)
-    union: dict[int | None, frozenset[str]] = {}  # a pass gathers of each input what any linear of the block needs
-    for s in sites:
-        union[s.block] = union.get(s.block, frozenset()) | s.needs | ({"gram"} if surveys else set())
-    held: Counter[int | None] = Counter()  # statistics by block, as if no two linears read the same input
-    least_gram = 0
-    for s in sites:
-        if s.needs or surveys:
-            size = StatsAccumulator.nbytes(s.columns, union[s.block])
-            least_gram = max(least_gram, size)
-            held[s.block] += size
-    more_grams = max(held.values(), default=0) - least_gram
+    least_gram, all_grams = _statistics_bytes(sites, surveys=surveys)
+    more_grams = all_grams - least_gram
     on_cpu = device.type == "cpu"
     free = available(device)
     limit = max_memory or int(0.8 * free)
@@ -136,6 +127,19 @@ def budget(
         "gram_bytes": gram_bytes, "solver_bytes": together, "hidden_on": where, "spare_hidden": spare,
         "solves_beside": beside,
     }  # fmt: skip
+
+
+def _statistics_bytes(sites: Sequence[Site], *, surveys: bool) -> tuple[int, int]:
+    """What statistics take: of the input that takes most, and of all inputs of the block that takes most, as if no two
+    linears read the same. A pass gathers of each what any linear of the block needs."""
+    needs: dict[int | None, frozenset[str]] = {}
+    for s in sites:
+        needs[s.block] = needs.get(s.block, frozenset()) | s.needs | ({"gram"} if surveys else set())
+    sizes = [(s.block, StatsAccumulator.nbytes(s.columns, needs[s.block])) for s in sites if s.needs or surveys]
+    of_block: Counter[int | None] = Counter()
+    for block, size in sizes:
+        of_block[block] += size
+    return max((size for _, size in sizes), default=0), max(of_block.values(), default=0)
 
 
 def _pinned(sequence: int, samples: int, batch_size: int, every: int) -> int:

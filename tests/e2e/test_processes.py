@@ -12,13 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from test_resume import digests
 
 import ranked
 from bitpress import ConfigError, PlanError, cli, inspect_checkpoint, oneshot, ranks
 from bitpress.transformers import SparseAutoModelForCausalLM
 from conftest import build, save, token_rows
-from helpers import make_tokenizer, tensors
+from helpers import digests, make_tokenizer, tensors
 
 TESTS = Path(__file__).parents[1]
 

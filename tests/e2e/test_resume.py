@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -18,16 +17,10 @@ import torch
 from bitpress import CheckpointError, ConfigError, PlanError, checkpoint, inspect_checkpoint, journal, oneshot, output
 from bitpress.result import SavedModel
 from conftest import build, save, token_rows
-from helpers import OPTIONS, PLAIN, W4, assert_same_tensors, make_tokenizer, tensors
+from helpers import OPTIONS, PLAIN, W4, Killed, assert_same_tensors, digests, make_tokenizer, stop_after, tensors
 
 ROWS = token_rows()
 BLOCKS = 6
-
-
-def digests(folder):
-    """Of everything that must be the same: the report, which has times, is left out."""
-    names = [f for f in folder.iterdir() if f.name not in ("report.json", "report.html")]
-    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in names}
 
 
 # kills of a process
@@ -132,10 +125,6 @@ def test_an_interrupt_is_told_and_resumed(wide, tmp_path):
 # failures inside the process
 
 
-class Killed(BaseException):
-    """Nothing in the product catches it."""
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = save(build("llama", torch.bfloat16), tmp_path_factory.mktemp("resume") / "base")
@@ -163,18 +152,6 @@ def once(tmp_path_factory):
         return made[key]
 
     return get
-
-
-def stop_after(monkeypatch, shards):
-    """The run dies before it writes one more shard."""
-    real = output.Output.write
-
-    def write(self, shard, *args, **options):
-        if shard == shards:
-            raise Killed
-        real(self, shard, *args, **options)
-
-    monkeypatch.setattr(output.Output, "write", write)
 
 
 STEPS = {

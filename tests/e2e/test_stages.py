@@ -7,14 +7,14 @@ import json
 
 import pytest
 import torch
-from test_resume import Killed, digests, kill_at, start
+from test_resume import kill_at, start
 
 from bitpress import PlanError, inspect_checkpoint, oneshot, output
 from bitpress.modifiers import MODIFIERS
 from bitpress.recipe import Recipe
 from bitpress.result import SavedModel
 from conftest import build, save, token_rows
-from helpers import OPTIONS, PLAIN, assert_same_tensors, client, logits, make_tokenizer, tensors
+from helpers import OPTIONS, PLAIN, Killed, assert_same_tensors, client, digests, logits, make_tokenizer, tensors
 
 ROWS = token_rows()
 BF16 = torch.bfloat16

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import pytest
 import torch
 from transformers import DynamicCache
 
-from bitpress import PlanError, oneshot, output
+from bitpress import PlanError, oneshot
 from bitpress.inspection import inspect_checkpoint
 from bitpress.transformers import SparseAutoModelForCausalLM
 from conftest import build, save, token_rows
-from helpers import OPTIONS, PLAIN, assert_same_tensors, tensors
+from helpers import OPTIONS, PLAIN, Killed, assert_same_tensors, digests, stop_after, tensors
 from scheme_runs import CACHE, SIZES, STATIC, recipe, run
 
 
@@ -135,10 +133,6 @@ def test_two_cache_schemes_are_refused(base, tmp_path):
         oneshot(base, token_rows(), both, output_dir=tmp_path / "out", **OPTIONS)
 
 
-class Killed(BaseException):
-    """The process is gone."""
-
-
 NVFP4 = recipe("GPTQModifier", scheme="NVFP4", kv_cache_scheme=CACHE, **PLAIN)
 
 
@@ -162,17 +156,7 @@ def test_going_on_with_static_scales_and_caches(shards, where, base, straight, t
     def go(**more):
         return oneshot(given(), token_rows(), NVFP4, output_dir=tmp_path / "out", **OPTIONS, **more)
 
-    def digests(folder):
-        return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.glob("*.safetensors")}
-
-    real = output.Output.write
-
-    def write(self, shard, *args, **options):
-        if shard == shards:
-            raise Killed
-        real(self, shard, *args, **options)
-
-    monkeypatch.setattr(output.Output, "write", write)
+    stop_after(monkeypatch, shards)
     with pytest.raises(Killed):
         go()
     monkeypatch.undo()

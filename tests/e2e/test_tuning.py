@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import pytest
 import torch
 
-from bitpress import PlanError, oneshot, output
+from bitpress import PlanError, oneshot
 from bitpress import plan as planning
 from bitpress.blocks import Blocks
 from bitpress.math.masks import Structure, holds, keep_best
 from conftest import build, save, token_rows
-from helpers import PLAIN, assert_same_tensors, client, logits, make_tokenizer, report_of, tensors
+from helpers import (
+    PLAIN,
+    Killed,
+    assert_same_tensors,
+    client,
+    digests,
+    logits,
+    make_tokenizer,
+    report_of,
+    stop_after,
+    tensors,
+)  # fmt: skip
 
 GPTQ = {"GPTQModifier": {"scheme": "W4A16", "group_size": 16, "ignore": ["lm_head"]}}
 QUICK = {"GPTQModifier": {**GPTQ["GPTQModifier"], **PLAIN}}
@@ -34,11 +43,6 @@ def whole(base):
     folder = base.parent / "tuned"
     oneshot(base, ROWS, {"modifiers": [GPTQ, TUNE]}, output_dir=folder, **OPTIONS)
     return folder
-
-
-def digests(folder):
-    names = [f for f in folder.iterdir() if f.suffix == ".safetensors" or f.name in ("config.json", "recipe.yaml")]
-    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in names}
 
 
 def block_error(folder, base, rows):
@@ -118,22 +122,11 @@ def test_a_module_in_memory_and_other_families(family, tmp_path):
     assert_same_tensors(tensors(tmp_path / "memory"), tensors(tmp_path / "streamed"))
 
 
-class Killed(BaseException):
-    """Nothing in the product catches it."""
-
-
 @pytest.mark.parametrize("shards", [1, 2])
 def test_killed_and_resumed(shards, base, whole, tmp_path, monkeypatch):
     recipe = {"modifiers": [GPTQ, TUNE]}
-    real = output.Output.write
-
-    def write(self, shard, *args, **options):
-        if shard == shards:
-            raise Killed
-        real(self, shard, *args, **options)
-
     with monkeypatch.context() as inside:
-        inside.setattr(output.Output, "write", write)
+        stop_after(inside, shards)
         with pytest.raises(Killed):
             oneshot(base, ROWS, recipe, output_dir=tmp_path / "out", **OPTIONS)
     oneshot(base, ROWS, recipe, output_dir=tmp_path / "out", resume=True, **OPTIONS)

@@ -63,7 +63,7 @@ def test_an_observer_that_searches_is_scored_as_it_searches():
     grid, gram = GRIDS["symmetric"], (x.T @ x)
     s = torch.rand(64, generator=torch.Generator().manual_seed(4)) + 0.5
     for observer, importance in (("hessian", gram.diagonal() / s**2), ("mse", None)):
-        q = find_qparams(w * s, grid, importance, search=True, shares=grid.few_shares)
+        q = find_qparams(w * s, grid, importance, search=True)
         delta = dequantize(quantize(w * s, q, grid), q).double() / s.double() - w.double()
         expected = float((x.double() @ delta.T).square().sum())
         assert rounding_error([Reader(w, grid, observer)], gram, s) == pytest.approx(expected, rel=0.02)

@@ -104,15 +104,6 @@ def test_a_negative_scale_gives_the_larger_side_the_extra_code(bits):
     assert bool((find_qparams(codes * -0.01, grid(8), search=True).scale > 0).all())
 
 
-def test_few_shares_are_nearly_as_good():
-    weight, g = random(16, 60), grid(4)
-    assert set(g.few_shares) < set(g.shares) and len(g.few_shares) <= len(g.shares) / 3 + 1
-    found = [find_qparams(weight, g, search=True, shares=shares) for shares in (g.shares, g.few_shares, (1.0,))]
-    lost = [float((dequantize(quantize(weight, q, g), q) - weight).square().sum()) for q in found]
-    assert lost[0] <= lost[1] < 1.1 * lost[0] < lost[2]
-    assert all(other.few_shares == other.shares for other in (grid(4, False), grid(3), grid(8)))
-
-
 def test_importance_matters():
     weight, g = random(R, C), grid(3)
     importance = torch.full((C,), 1e-3)

@@ -91,8 +91,7 @@ def rounding_error(readers: Sequence[Reader], gram: Tensor, s: Tensor | None) ->
             continue
         w = reader.weight if s is None else reader.weight * s
         weighted = reader.observer == "hessian"
-        importance, search = diagonal if weighted else None, reader.observer != "minmax"
-        qparams = find_qparams(w, reader.grid, importance, search, shares=reader.grid.few_shares)
+        qparams = find_qparams(w, reader.grid, diagonal if weighted else None, search=reader.observer != "minmax")
         delta = dequantize(quantize(w, qparams, reader.grid), qparams).float().sub_(w)
         if s is not None:
             delta /= s

@@ -96,13 +96,6 @@ class Grid:
         return FOUR_OR_SIX if self.values == "e2m1" else SHRINK
 
     @property
-    def few_shares(self) -> tuple[float, ...]:
-        """Some of `shares`, where the error that is left is only to be compared with that of another weight: where
-        scales of both signs are tried, a third of them. With 2 and 3 bits the best one has to be known more exactly.
-        """
-        return self.shares[::3] if self.bits >= 4 and len(self.shares) > len(SHRINK) else self.shares
-
-    @property
     def fused(self) -> bool:
         """Whether linears that clients run as one product must share a number: a tensor's float scale, or the one
         on top of the others. The weights of one call of a solver are then such linears."""

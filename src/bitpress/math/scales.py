@@ -17,12 +17,7 @@ from bitpress.math.grid import CHUNK, E4M3_MAX, E4M3_MIN, FLOATS, Grid, QParams,
 
 
 def find_qparams(
-    weight: Tensor,
-    grid: Grid,
-    importance: Tensor | None = None,
-    search: bool = False,
-    share: float | Tensor = 1.0,
-    shares: Sequence[float] | None = None,
+    weight: Tensor, grid: Grid, importance: Tensor | None = None, search: bool = False, share: float | Tensor = 1.0
 ) -> QParams:
     """Scales and zero points of a weight.
 
@@ -39,7 +34,6 @@ def find_qparams(
         importance: (C,) non-negative weights of the columns, or (P, C) of each P-th of the rows; None: all equal.
         search: search the scale instead of covering the range.
         share: without search, the share of the range that is covered, one for all or (R, G).
-        shares: what is searched in place of `grid.shares`.
 
     Returns:
         scale (R, G) in `grid.scale_dtype`, zero point (R, G) int8 or None, global scale (1,) float32 or None.
@@ -51,16 +45,15 @@ def find_qparams(
     top = global_scale(low, high) if grid.scales == "two-level" else None
     if not search:
         return _from_range(low * share, high * share, grid, top)
-    shares = grid.shares if shares is None else shares
     if importance is None:
         importance = torch.ones(C, device=weight.device)
     if weight.device.type == "cuda":  # all candidates in one tensor: a launch each would take longer than the work
-        all_shares = _on(weight.device, tuple(shares))[:, None, None]
-        tried = _from_range(low * all_shares, high * all_shares, grid, top)
+        shares = _on(weight.device, tuple(grid.shares))[:, None, None]
+        tried = _from_range(low * shares, high * shares, grid, top)
         from bitpress.math.kernels.search import losses_of
 
         return least_of(tried, losses_of(weight, tried, importance, grid), grid)
-    candidates = [_from_range(low * share, high * share, grid, top) for share in shares]
+    candidates = [_from_range(low * share, high * share, grid, top) for share in grid.shares]
     importance = importance.float().reshape(-1, G, C // G)
     importance = importance if len(importance) == 1 else importance.repeat_interleave(R // len(importance), 0)
     return least(candidates, [_squared_error(grouped, c, importance, grid) for c in candidates], grid)
