@@ -20,7 +20,7 @@ from bitpress.attention import sliced
 from bitpress.errors import NumericsError, PlanError
 from bitpress.fused import fused
 from bitpress.math.activations import OutputRange
-from bitpress.math.products import widened
+from bitpress.math.products import forward_products
 from bitpress.math.stats import InputStats, StatsAccumulator
 
 Batch = tuple[Tensor, Tensor | None]  # token ids (B, L); hidden states (B, L, C), None before the first block
@@ -115,7 +115,7 @@ class Blocks:
     ) -> Any:
         with (
             sliced(),
-            widened(),
+            forward_products(),
             fused(self.modules[index]) if weights is None else nullcontext(),
             _forwards(self.modules[:index], self._through),
             _forwards(self.modules[index : index + 1], at_work),

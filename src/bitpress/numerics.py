@@ -18,7 +18,7 @@ def numerics_of(ready: Prepared, plan: Plan) -> dict[str, Any]:
     import torch
 
     from bitpress.attention import implementation
-    from bitpress.math.products import without_instructions
+    from bitpress.math.products import kind
 
     config = ready.subject.config
     cuda = ready.device.type == "cuda"
@@ -31,7 +31,7 @@ def numerics_of(ready: Prepared, plan: Plan) -> dict[str, Any]:
         "device": name,
         "dtype": str(ready.subject.dtype),
         "attention": implementation(config, ready.device, ready.subject.dtype),
-        "products": "float32" if not cuda and without_instructions(ready.subject.dtype) else "the dtype's",
+        "products": "the dtype's" if cuda else kind(ready.subject.dtype),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "solver_bytes": plan.solver_bytes if cuda else 0,  # what a GPU solves together
         "tuned_linears": sum(s.tuning is not None for s in plan.sites),  # memory may have ruled out experts

@@ -47,15 +47,17 @@ def exact(query, key, value, scale):
 )  # fmt: skip
 @pytest.mark.parametrize("scale", [None, 0.3])
 @pytest.mark.parametrize("scores", [1, 2000, 1 << 20])
-def test_equals_float64(shape, scale, scores, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_equals_float64(shape, scale, scores, dtype, monkeypatch):
     monkeypatch.setattr(attention, "SCORES", scores)  # one head at a time, some, all
-    query, key, value = tensors(**shape)
+    query, key, value = tensors(**shape, dtype=dtype)
     before = [t.clone() for t in (query, key, value)]
     out = causal(query, key, value, scale)
     expected = exact(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)
-    assert out.dtype == torch.bfloat16 and out.shape == expected.shape and out.is_contiguous()
+    assert out.dtype == dtype and out.shape == expected.shape and out.is_contiguous()
     # half a unit in the last place of bfloat16 for every element, and what float32 adds
-    assert bool(((out.double() - expected).abs() <= 2**-8 * expected.abs() + 1e-3 * 2**-8).all())
+    last = 2**-8 if dtype == torch.bfloat16 else 2**-20
+    assert bool(((out.double() - expected).abs() <= last * expected.abs() + 5e-3 * 2**-8).all())
     assert all(torch.equal(t, b) for t, b in zip((query, key, value), before, strict=True))
 
 
@@ -87,7 +89,7 @@ def test_large_scores():
 def used(monkeypatch):
     """Counts the calls of `causal`, on any processor."""
     calls = []
-    monkeypatch.setattr(attention, "mode_is_exact", lambda: True)
+    monkeypatch.setattr(attention, "_faster", lambda: frozenset({torch.bfloat16}))
     monkeypatch.setattr(attention, "causal", lambda *args: calls.append(1) or causal(*args))
     return calls
 
@@ -164,7 +166,7 @@ def test_a_function_of_the_user_stays(used):
 
 
 def test_other_processors_keep_sdpa(monkeypatch):
-    monkeypatch.setattr(attention, "mode_is_exact", lambda: False)
+    monkeypatch.setattr(attention, "_faster", frozenset)
     with sliced():
         assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
 
@@ -173,10 +175,12 @@ def test_what_the_journal_records(monkeypatch):
     class Config:
         _attn_implementation = "sdpa"
 
-    monkeypatch.setattr(attention, "mode_is_exact", lambda: True)
+    monkeypatch.setattr(attention, "_faster", lambda: frozenset({torch.bfloat16}))
     assert implementation(Config(), CPU, torch.bfloat16) == "sliced"
     assert implementation(Config(), CPU, torch.float32) == "sdpa"
     assert implementation(Config(), torch.device("cuda"), torch.bfloat16) == "sdpa"
-    monkeypatch.setattr(attention, "mode_is_exact", lambda: False)
+    monkeypatch.setattr(attention, "_faster", frozenset)
     assert implementation(Config(), CPU, torch.bfloat16) == "sdpa"
+    monkeypatch.setattr(attention, "_faster", lambda: frozenset({torch.float32}))
+    assert implementation(Config(), CPU, torch.float32) == "sliced"
     assert implementation(object(), CPU, torch.bfloat16) is None

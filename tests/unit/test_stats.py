@@ -7,7 +7,7 @@ import torch
 
 from bitpress.math import products
 from bitpress.math import stats as stats_module
-from bitpress.math.products import bfloat16_products, float32_products, widened
+from bitpress.math.products import bfloat16_products, float32_products, forward_products
 from bitpress.math.stats import BLOCK_ROW, SAMPLE, GramAccumulator, InputStats, StatsAccumulator
 
 BACKEND = torch.backends.mkldnn.matmul
@@ -205,7 +205,7 @@ def test_widened_products_are_those_of_the_dtype_rounded_once(dtype, monkeypatch
         lambda x, w, b: torch.einsum("blc,rc->blr", x, w),
     ]
     for case in cases:
-        with widened():
+        with forward_products():
             found = case(x, w, b)
         exact = case(x.double(), w.double(), b.double())
         assert found.dtype == dtype
@@ -213,16 +213,49 @@ def test_widened_products_are_those_of_the_dtype_rounded_once(dtype, monkeypatch
             2 * torch.finfo(dtype).eps, 1e-5
         )
     slopes = torch.autograd.grad(cases[0](x.double(), w.double(), b.double()).square().sum(), (x, w, b))
-    with widened():
+    with forward_products():
         got = torch.autograd.grad(functional.linear(x, w, b).square().sum(), (x, w, b))
     for g, s in zip(got, slopes, strict=True):
         assert g.dtype == dtype
         assert float((g - s).abs().max() / s.abs().max()) <= max(4 * torch.finfo(dtype).eps, 1e-5)
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+def test_linears_by_onednn_are_float32s(monkeypatch):
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
+    made = torch.Generator().manual_seed(0)
+    x, w, b = (torch.randn(s, generator=made) for s in ((2, 5, 64), (32, 64), (32,)))
+    linear = torch.nn.functional.linear
+    called = []
+    op = torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *args: called.append(1) or op(*args))
+    cases = [  # arguments, and whether oneDNN takes them
+        ((x, w), True), ((x, w, b), True), ((x, w.double(), b), None), ((x[..., ::2], w[:, ::2], b), False),
+        ((x[0, 0], w, b), False), ((x[:0], w, b), False), ((x.transpose(0, 1), w, b), False),
+    ]  # fmt: skip
+    for args, taken in cases:
+        called.clear()
+        if taken is None:  # two dtypes are an error as without it
+            with pytest.raises(RuntimeError), forward_products(), torch.no_grad():
+                linear(*args)
+            continue
+        exact = linear(*(t.double() for t in args))
+        with forward_products(), torch.no_grad():
+            found = linear(*args)
+            named = linear(weight=args[1], input=args[0], bias=args[2] if len(args) > 2 else None)
+        assert found.dtype == torch.float32 and torch.equal(found, named)
+        torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+        assert len(called) == 2 * taken
+    called.clear()
+    with forward_products():
+        (slope,) = torch.autograd.grad(linear(x, w.requires_grad_()).sum(), w)
+    torch.testing.assert_close(slope, x.sum((0, 1)).expand(32, 64))
+    assert not called
+
+
 def test_widened_leaves_other_products_alone(monkeypatch):
     monkeypatch.setattr(products, "without_instructions", lambda t: t != torch.float32)
-    with widened():
+    with forward_products():
         a = torch.ones(2, 2)
         assert (a @ a).dtype == torch.float32
         assert torch.equal(torch.ones(2, 2, dtype=torch.int64) @ torch.ones(2, 2, dtype=torch.int64), 2 * a.long())

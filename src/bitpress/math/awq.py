@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -20,6 +21,7 @@ from bitpress.math.grid import CHUNK, LARGE_CHUNK, Grid, QParams, Solved, dequan
 from bitpress.math.lost import solved
 from bitpress.math.products import bfloat16_products
 from bitpress.math.scales import find_qparams, least
+from bitpress.threads import together
 
 SMALLEST = 1e-4  # of a scale before normalization
 HOPELESS, ENOUGH = 1.05, 5  # times the error to undercut: between so many points none is so much better
@@ -64,6 +66,14 @@ def best_scale(
         curves: scales (P,) in the order of their ratio, see `candidates`.
         margin: share of the error at scale 1 by which another must lower it.
     """
+    with bfloat16_products(True):
+        return _best_scale(readers, gram, columns, curves, margin)
+
+
+def _best_scale(
+    readers: Sequence[Reader], gram: Tensor, columns: Tensor, curves: Sequence[Sequence[Tensor]], margin: float
+) -> Tensor:
+    on_cpu = gram.device.type == "cpu"
     best = torch.ones(int(columns.max()) + 1, device=columns.device)
     smallest = (1 - margin) * float(rounding_error(readers, gram, None))
     for curve in curves:
@@ -74,7 +84,8 @@ def best_scale(
             lowest = min(errors, key=errors.__getitem__) if errors else None
             near = range(0, len(curve), 4) if lowest is None else (lowest - step, lowest + step)
             tried = [i for i in near if 0 <= i < len(curve) and i not in errors]
-            found = [rounding_error(readers, gram, curve[i][columns]) for i in tried]
+            tasks = [partial(rounding_error, readers, gram, curve[i][columns]) for i in tried]
+            found = together(tasks) if on_cpu else [task() for task in tasks]
             errors |= zip(tried, torch.stack(found).tolist() if found else [], strict=True)
         lowest = min(errors, key=errors.__getitem__)
         if errors[lowest] < smallest:
@@ -95,8 +106,7 @@ def rounding_error(readers: Sequence[Reader], gram: Tensor, s: Tensor | None) ->
         delta = dequantize(quantize(w, qparams, reader.grid), qparams).float().sub_(w)
         if s is not None:
             delta /= s
-        with bfloat16_products(True):
-            total += (delta @ gram).mul_(delta).sum()
+        total += (delta @ gram).mul_(delta).sum()
     return total
 
 

@@ -47,16 +47,16 @@ def find_qparams(
         return _from_range(low * share, high * share, grid, top)
     if importance is None:
         importance = torch.ones(C, device=weight.device)
-    if weight.device.type == "cuda":  # all candidates in one tensor: a launch each would take longer than the work
-        shares = _on(weight.device, tuple(grid.shares))[:, None, None]
-        tried = _from_range(low * shares, high * shares, grid, top)
+    shares = _on(weight.device, tuple(grid.shares))[:, None, None]
+    tried = _from_range(low * shares, high * shares, grid, top)
+    if weight.device.type == "cuda":  # a launch for each candidate would take longer than the work
         from bitpress.math.kernels.search import losses_of
 
         return least_of(tried, losses_of(weight, tried, importance, grid), grid)
-    candidates = [_from_range(low * share, high * share, grid, top) for share in grid.shares]
     importance = importance.float().reshape(-1, G, C // G)
     importance = importance if len(importance) == 1 else importance.repeat_interleave(R // len(importance), 0)
-    return least(candidates, [_squared_error(grouped, c, importance, grid) for c in candidates], grid)
+    losses = [_squared_error(grouped, tried.of(k), importance, grid) for k in range(len(shares))]
+    return least_of(tried, torch.stack(losses), grid)
 
 
 @cache
