@@ -21,7 +21,7 @@ from torch import Tensor
 from bitpress.errors import NumericsError
 from bitpress.math.masks import Structure
 from bitpress.math.products import bfloat16_products, product
-from bitpress.math.sweep import triangular_inverse
+from bitpress.math.sweep import NOT_DEFINITE, triangular_inverse
 
 # On the scale of a Hessian with unit diagonal, a penalty of 1 compares what a kept weight is worth with what a pruned
 # one would be. It is reached from below: that lets masks change, and slower growth than this found no better ones.
@@ -135,7 +135,7 @@ def _ridge_inverse(unit: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
 
 def _refuse(infos: Tensor) -> None:
     if infos.any():
-        raise NumericsError("the Gram matrix is not positive definite: raise dampening_frac or give more data")
+        raise NumericsError(NOT_DEFINITE)
 
 
 def refit(weight: Tensor, start: Tensor, hessian: Tensor, keep: Tensor, steps: int) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from bitpress.math.admm import refit, search
 from bitpress.math.correct import correction
 from bitpress.math.masks import Structure, keep_best, keep_in_groups, keep_largest
 from bitpress.math.stats import InputStats
-from bitpress.math.sweep import by_columns, inverse_factor, pivots_of, walk
+from bitpress.math.sweep import NOT_DEFINITE, by_columns, inverse_factors, pivots_of, walk
 
 MOST_CHOICES = 70  # sets of weights that are compared in a group; beyond (4:8 has 70), weights are scored one by one
 REFIT_STEPS = 10
@@ -109,30 +109,74 @@ def prune_in_order(
     C = weight.shape[1]
     unit = structure.size if structure else 1
     order = _group_order(hessian.diagonal(), unit)
-    factor = inverse_factor(hessian[order][:, order])
-    gone = None if gone is None else gone[:, order]
+    factor, again = inverse_factors(hessian[order][:, order])
+    if again:  # as in the search for the mask
+        raise NumericsError(NOT_DEFINITE)
+    gone = None if gone is None else gone[:, order].T.contiguous()
     work = by_columns(weight[:, order])
-    pruned = work.clone()
-    pivots = pivots_of(factor)
     block_size = min(block_size, C)
-    keep = torch.ones_like(work, dtype=torch.bool)
     zeros = [0] * len(heights)
+    costs, sets = None, None
+    if structure is not None and gone is None and math.comb(structure.size, structure.pruned) <= MOST_CHOICES:
+        costs, sets = removal_costs(factor, structure)
+
+    def of_block(lo: int, hi: int) -> Tensor:
+        scores = work[lo:hi].T / factor.diagonal()[lo:hi]
+        before = None if gone is None else gone[lo:hi].T
+        return _block_mask(scores.square(), heights, [sparsity * n * hi for n in heights], zeros, before).T
+
+    prune = _sweep_of(weight.device, structure)
+    result = torch.empty_like(weight)
+    result[:, order] = prune(work, factor, structure, of_block, block_size, gone, costs, sets).T
+    return result
+
+
+def _sweep_of(device: torch.device, structure: Structure | None) -> Callable[..., Tensor]:
+    """The program of a GPU; groups of another size than it knows go column by column there too."""
+    if device.type == "cuda":
+        from bitpress.math.kernels.pruning import SIZES, prune
+
+        if structure is None or structure.size in SIZES:
+            return prune
+    return _sweep
+
+
+def _sweep(
+    work: Tensor,
+    factor: Tensor,
+    structure: Structure | None,
+    choose: Callable[[int, int], Tensor],
+    block_size: int,
+    gone: Tensor | None,
+    costs: Tensor | None,
+    sets: Tensor | None,
+) -> Tensor:
+    """See `bitpress.math.kernels.pruning.prune`."""
+    C = len(work)
+    unit = structure.size if structure else 1
+    pruned, keep = work.clone(), torch.ones_like(work, dtype=torch.bool)
+    pivots = pivots_of(factor)
 
     def project(j: int, error: Tensor) -> None:
         if structure is not None and j % unit == 0:
-            keep[j : j + unit] = _group_mask(work[j : j + unit], factor[j : j + unit, j : j + unit], structure, gone, j)
+            group = slice(j, j + unit)
+            if costs is not None and sets is not None:
+                best = (costs[j // unit] @ work[group]).mul_(work[group]).sum(1).argmin(0)
+                keep[group] = sets[best].T
+            else:
+                scores = (work[group].T / factor.diagonal()[group]).square()
+                if gone is None:
+                    keep[group] = keep_in_groups(scores, structure).T
+                else:
+                    keep[group] = keep_in_groups(scores.masked_fill(gone[group].T, -1), structure).T & ~gone[group]
         elif structure is None and j % block_size == 0:
             end = min(j + block_size, C)
-            scores = work[j:end].T / factor.diagonal()[j:end]
-            before = None if gone is None else gone[:, j:end]
-            keep[j:end] = _block_mask(scores.square(), heights, [sparsity * n * end for n in heights], zeros, before).T
+            keep[j:end] = choose(j, end)
         pruned[j] = torch.where(keep[j], work[j], 0.0)
         torch.div(torch.sub(work[j], pruned[j], out=error), pivots[j], out=error)
 
     walk(work, factor, project, block_size, unit)
-    result = torch.empty_like(weight)
-    result[:, order] = pruned.T
-    return result
+    return pruned
 
 
 def _group_order(diagonal: Tensor, unit: int) -> Tensor:
@@ -141,25 +185,23 @@ def _group_order(diagonal: Tensor, unit: int) -> Tensor:
     return (groups[:, None] * unit + torch.arange(unit, device=diagonal.device)).reshape(-1)
 
 
-def _group_mask(work: Tensor, factor: Tensor, structure: Structure, gone: Tensor | None, start: int) -> Tensor:
-    """The mask (M, R) of one group of columns `work` (M, R), with U's block of the group."""
+def removal_costs(factor: Tensor, structure: Structure) -> tuple[Tensor, Tensor]:
+    """What it costs to prune each set of N columns of a group, by U (C, C).
+
+    Returns:
+        costs (G, K, M, M), w^T costs[g, k] w for the weights w (M,) of group g when its turn comes, and the masks
+        (K, M) of the sets, true where a weight is kept.
+    """
     N, M = structure.pruned, structure.size
-    before = None if gone is None else gone[:, start : start + M]
-    if before is not None or math.comb(M, N) > MOST_CHOICES:
-        scores = (work.T / factor.diagonal()).square()
-        if before is None:
-            return keep_in_groups(scores, structure).T
-        return (keep_in_groups(scores.masked_fill(before, -1), structure) & ~before).T
-    inverse = factor.T @ factor  # of H over all columns from here on, within the group
-    sets = list(itertools.combinations(range(M), N))
-    costs = []
-    for chosen in sets:
-        w = work[list(chosen)]
-        costs.append((torch.linalg.inv(inverse[chosen, :][:, chosen]) @ w).mul_(w).sum(0))
-    best = torch.stack(costs).argmin(0)
-    masks = torch.ones(len(sets), M, dtype=torch.bool, device=work.device)
-    masks.scatter_(1, torch.tensor(sets, device=work.device), False)
-    return masks[best].T
+    blocks = torch.stack([factor[j : j + M, j : j + M] for j in range(0, len(factor), M)])
+    inverse = blocks.mT @ blocks  # of H over all columns from a group on, within the group
+    chosen = torch.tensor(list(itertools.combinations(range(M), N)), device=factor.device)  # (K, N)
+    within = inverse[:, chosen[:, :, None], chosen[:, None, :]]  # (G, K, N, N)
+    costs = factor.new_zeros(*within.shape[:2], M, M)
+    each = torch.arange(len(chosen), device=factor.device)[:, None, None]
+    costs[:, each, chosen[:, :, None], chosen[:, None, :]] = torch.linalg.inv_ex(within).inverse
+    keep = torch.ones(len(chosen), M, dtype=torch.bool, device=factor.device)
+    return costs, keep.scatter_(1, chosen, False)
 
 
 def _block_mask(
@@ -180,9 +222,10 @@ def _block_mask(
     for i, part in enumerate(torch.split(scores, list(heights))):
         wanted = min(max(round(aims[i]) - zeros[i], 0), part.numel())
         masks.append(keep_largest(part, part.numel() - wanted))
+        zeros[i] += wanted
     keep = torch.cat(masks)
-    if gone is not None:
-        keep &= ~gone
-    for i, part in enumerate(torch.split(keep, list(heights))):
-        zeros[i] += part.numel() - int(part.sum())
+    if gone is not None:  # there may be more of them than are wanted
+        before, keep = keep, keep & ~gone
+        more = torch.stack([part.sum() for part in torch.split(before & gone, list(heights))]).tolist()
+        zeros[:] = [n + m for n, m in zip(zeros, more, strict=True)]
     return keep

@@ -21,6 +21,7 @@ from bitpress.errors import NumericsError
 from bitpress.math.grid import Grid, QParams, values_of
 from bitpress.math.products import product
 
+NOT_DEFINITE = "the Gram matrix is not positive definite: raise dampening_frac or give more data"
 SUBSTITUTED = 1024  # rows of a triangular matrix that is not halved
 LEAF = 16  # columns updated one by one; wider blocks are halved and updated by matrix products
 
@@ -47,7 +48,7 @@ def inverse_factors(hessian: Tensor) -> tuple[Tensor, list[int]]:
         one = hessian.reshape(-1, *hessian.shape[-2:])[e]
         lower, info = torch.linalg.cholesky_ex(one.flip(0, 1).double())
         if info.any():
-            raise NumericsError("the Gram matrix is not positive definite: raise dampening_frac or give more data")
+            raise NumericsError(NOT_DEFINITE)
         factor.view(-1, *one.shape)[e] = triangular_inverse(lower).flip(0, 1).to(hessian.dtype)
     return factor, again
 

@@ -22,6 +22,32 @@ STRIP, ROWS, WARPS = 32, 32, 1  # of a tile: what one warp holds in registers
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def begun(  # type: ignore[no-untyped-def]
+    work, factor, errors, start, columns, there, rows, inside, C, R, S: tl.constexpr
+):  # fmt: skip
+    """A tile (S, T) of the columns from `start` on, with the errors of the block's columns before taken from it."""
+    strip = tl.arange(0, S)
+    tile = tl.load(work + columns[:, None] * R + rows[None, :], mask=there[:, None] & inside[None, :], other=0.0)
+    for before in range(0, start, S):
+        left = before + strip
+        u = tl.load(factor + left[None, :] * C + columns[:, None], mask=there[:, None], other=0.0)
+        error = tl.load(errors + left[:, None] * R + rows[None, :], mask=inside[None, :], other=0.0)
+        tile -= tl.dot(u, error, input_precision="tf32x3")
+    return tile
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def leave(errors, split, error, at, rows, live, R, B: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Leave a column's error for the block's later columns, and its halves for the columns after the block."""
+    tl.store(errors + at * R + rows, error, mask=live)
+    half = error.to(split.dtype.element_ty)
+    tl.store(split + at * R + rows, half, mask=live)
+    tl.store(split + (B + at) * R + rows, half, mask=live)
+    rest = (error - half.to(tl.float32)).to(split.dtype.element_ty)
+    tl.store(split + (2 * B + at) * R + rows, rest, mask=live)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _block(  # type: ignore[no-untyped-def]  # the compiler reads annotations
     work, factor, scale, zero, groups, keep, dense, steps, values,
     errors, split, base, C, R, G, low, high, least, fraction,
@@ -53,12 +79,7 @@ def _block(  # type: ignore[no-untyped-def]  # the compiler reads annotations
         columns = start + strip
         there = columns < COUNT
         at = start
-        tile = tl.load(work + columns[:, None] * R + rows[None, :], mask=there[:, None] & inside[None, :], other=0.0)
-        for before in range(0, start, S):
-            left = before + strip
-            u = tl.load(factor + left[None, :] * C + columns[:, None], mask=there[:, None], other=0.0)
-            error = tl.load(errors + left[:, None] * R + rows[None, :], mask=inside[None, :], other=0.0)
-            tile -= tl.dot(u, error, input_precision="tf32x3")
+        tile = begun(work, factor, errors, start, columns, there, rows, inside, C, R, S)
         # what a column needs is loaded while the one before it is at work
         s = tl.load(scale + tl.load(groups + at) * R + rows, mask=inside, other=1.0)
         group = tl.load(groups + tl.minimum(at + 1, last))
@@ -86,12 +107,7 @@ def _block(  # type: ignore[no-untyped-def]  # the compiler reads annotations
             else:
                 error = tl.div_rn(w - q, step)
             tl.store(values + at * R + rows, x, mask=live)
-            tl.store(errors + (start + j) * R + rows, error, mask=live)
-            half = error.to(split.dtype.element_ty)
-            tl.store(split + (start + j) * R + rows, half, mask=live)
-            tl.store(split + (B + start + j) * R + rows, half, mask=live)
-            rest = (error - half.to(tl.float32)).to(split.dtype.element_ty)
-            tl.store(split + (2 * B + start + j) * R + rows, rest, mask=live)
+            leave(errors, split, error, start + j, rows, live, R, B)
             tile = tile - u[:, None] * error[None, :]
             s, u, step, at = s_ahead, u_ahead, step_ahead, ahead
             group = tl.load(groups + tl.minimum(at + 1, last))
@@ -130,7 +146,7 @@ def walk(
     exact = torch.bfloat16 if work.is_cuda else torch.float32  # Triton's interpreter cannot make bfloat16
     split = torch.empty(E, 3 * COLUMNS, R, dtype=exact, device=work.device)
     groups, factor = groups.to(torch.int32).contiguous(), factor.contiguous()
-    left = _split(factor)
+    left = split_rows(factor, COLUMNS)
     for base in range(0, C, COLUMNS):
         count = min(COLUMNS, C - base)
         _block[(triton.cdiv(R, ROWS), E)](
@@ -142,26 +158,27 @@ def walk(
         )  # fmt: skip
         end = base + count
         if end < C:
-            _subtract(work[:, end:], left[:, base // COLUMNS, :, end:], split)
+            subtract(work[:, end:], left[:, base // COLUMNS, :, end:], split)
     return values
 
 
-def _split(factor: Tensor) -> Tensor:
-    """The rows of every block but the last as bfloat16 halves, high, low and high again: (E, blocks, 3 * COLUMNS, C).
+def split_rows(factor: Tensor, width: int) -> Tensor:
+    """The rows of every block of `width` but the last as bfloat16 halves, high, low and high again:
+    (E, blocks, 3 * width, C).
 
     Against the halves of the errors, high twice and low, that is a product of float32 good to 16 bits in one launch.
     """
     E, C, _ = factor.shape
-    blocks = -(-C // COLUMNS) - 1
-    rows = factor[:, : blocks * COLUMNS].reshape(E, blocks, COLUMNS, C)
-    left = torch.empty(E, blocks, 3, COLUMNS, C, dtype=torch.bfloat16, device=factor.device)
+    blocks = -(-C // width) - 1
+    rows = factor[:, : blocks * width].reshape(E, blocks, width, C)
+    left = torch.empty(E, blocks, 3, width, C, dtype=torch.bfloat16, device=factor.device)
     left[:, :, 0] = rows
     left[:, :, 2] = left[:, :, 0]
     torch.sub(rows, left[:, :, 0], out=left[:, :, 1])
-    return left.reshape(E, blocks, 3 * COLUMNS, C)
+    return left.reshape(E, blocks, 3 * width, C)
 
 
-def _subtract(out: Tensor, left: Tensor, right: Tensor) -> None:
+def subtract(out: Tensor, left: Tensor, right: Tensor) -> None:
     """`out -= left^T right` in float32, of bfloat16; left: (E, K, M), right: (E, K, N), out: (E, M, N)."""
     if out.device.type != "cuda":
         out.baddbmm_(left.float().mT, right.float(), alpha=-1)
