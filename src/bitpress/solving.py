@@ -331,6 +331,9 @@ def _solve_together(run: Run, jobs: list[Job], folding: Folding | None) -> list[
         parts = []
         for site, z in zip(job.sites, found, strict=True):
             error, sparsity, before = next(told)
+            mask = _mask_name(site, before, z)
+            kept = mask == "unstructured" and not _prunes(site)
+            note = f"{before:.1%} of its weights were exactly zero: they count as pruned and stay so" * kept
             report = LayerReport(
                 name=site.name,
                 method=site.method,
@@ -339,21 +342,26 @@ def _solve_together(run: Run, jobs: list[Job], folding: Folding | None) -> list[
                 error_of="weight" if stats is None or stats.gram is None else "output",
                 bits_per_weight=bits_per_weight(site),
                 sparsity=sparsity,
-                mask=_mask_name(site, before, z),
+                mask=mask,
                 tokens=0 if stats is None else stats.tokens,
                 policy=job.policy,
                 seconds=seconds,
-                note=z.note,
+                note="; ".join(filter(None, (z.note, note))),
             )
             parts.append((report, z))
         results.append(parts)
     return results
 
 
+def _prunes(site: Site) -> list[PruningModifier]:
+    """The modifiers that prune a site."""
+    return [s.modifier for s in site.steps if isinstance(s.modifier, PruningModifier) and s.sparsity]
+
+
 def _mask_name(site: Site, zeros: float, z: Solved) -> str:
     """For the report, of a weight with this share of zeros before; a structure that the recipe asks for has been
     checked."""
-    asked = [s.modifier for s in site.steps if isinstance(s.modifier, PruningModifier) and s.sparsity]
+    asked = _prunes(site)
     if asked and asked[-1].structure is not None:
         return str(asked[-1].structure)
     return masks.name_of(z.dense()) if asked or zeros >= masks.PRUNED_SHARE else ""

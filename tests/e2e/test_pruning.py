@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from bitpress import PlanError, oneshot
@@ -212,6 +214,19 @@ def test_other_zeros_do_not_make_a_layer_pruned(base, tmp_path):
     oneshot(base, recipe=recipe, output_dir=tmp_path / "out", **DATA)
     assert {row["mask"] for row in rows_of(tmp_path / "out").values()} == {""}
     assert all(find_structure(w) is None for w in linears(client(tmp_path / "out")).values())
+
+
+def test_zeros_that_no_step_made_are_told(base, tmp_path):
+    shutil.copytree(base, tmp_path / "coarse")
+    held = load_file(tmp_path / "coarse/model.safetensors")
+    name = "model.layers.1.mlp.up_proj"
+    held[name + ".weight"].view(-1)[::20] = 0
+    save_file(held, tmp_path / "coarse/model.safetensors", {"format": "pt"})
+    recipe = {"GPTQModifier": {"scheme": "W4A16", "group_size": 16, "ignore": ["lm_head"]}}
+    oneshot(tmp_path / "coarse", recipe=recipe, output_dir=tmp_path / "out", **DATA)
+    rows = rows_of(tmp_path / "out")
+    assert {n for n, row in rows.items() if "note" in row or row["mask"]} == {name}
+    assert rows[name]["mask"] == "unstructured" and "5.0% of its weights were exactly zero" in rows[name]["note"]
 
 
 def notes_of(folder):
