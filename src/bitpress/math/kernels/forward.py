@@ -64,12 +64,17 @@ def silu_gate(gate: Tensor, up: Tensor) -> Tensor:
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _rounded(x, kind: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A float32 number rounded to another dtype. Of bfloat16 by its bits: the compiler makes products that are cut and
+    """A float32 number rounded to another dtype. Of 16 bits by its bits: the compiler makes products that are cut and
     added one operation, which rounds once."""
     if kind == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
         return bits.to(tl.float32, bitcast=True)
+    if kind == tl.float16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0xFFF + ((bits >> 13) & 1)) & -0x2000
+        near = tl.where(tl.abs(x) < 2.0**-14, (x + 0.75) - 0.75, bits.to(tl.float32, bitcast=True))  # steps of 2^-24
+        return tl.where(tl.abs(x) >= 65520.0, tl.where(x > 0, float("inf"), float("-inf")), near)
     return x.to(kind).to(tl.float32)
 
 

@@ -68,10 +68,8 @@ def _block(  # type: ignore[no-untyped-def]  # the compiler reads annotations
                 score = tl.div_rn(group, tl.broadcast_to(pivot[:, None], (M, T)))
                 score = score * score
                 if GONE:
-                    at = start + lo + member
-                    never = tl.load(
-                        gone + at[:, None] * R + rows[None, :], mask=(at < COUNT)[:, None] & inside[None, :], other=0
-                    )
+                    of = (start + lo + member)[:, None]
+                    never = tl.load(gone + of * R + rows[None, :], mask=(of < COUNT) & inside[None, :], other=0)
                     score = tl.where(never != 0, -1.0, score)
                 mine, other = score[:, None, :], score[None, :, :]
                 earlier = (member[None, :] < member[:, None])[:, :, None]
