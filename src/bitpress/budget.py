@@ -119,13 +119,15 @@ def budget(
     twice = block + gram_bytes  # of a block that is solved, beside the next one's
     beside = beside and not on_cpu and ranks.world_size() == 1 and device_bytes + twice <= limit
     device_bytes += twice * beside
+    ahead = not on_cpu and subject.streamed and device_bytes + block <= limit
+    device_bytes += block * ahead
     host = device_bytes if on_cpu else PROCESS_BYTES + outside + 4 * block + (pinned if where == "host" else 0)
     # what is left besides may hold more linears at once than the largest that must fit
     together = solver + max(0, min(TOGETHER, limit - device_bytes))
     return {
         "host_bytes": host, "device_bytes": 0 if on_cpu else device_bytes, "batch_size": batch_size,
         "gram_bytes": gram_bytes, "solver_bytes": together, "hidden_on": where, "spare_hidden": spare,
-        "solves_beside": beside,
+        "solves_beside": beside, "copies_ahead": ahead,
     }  # fmt: skip
 
 

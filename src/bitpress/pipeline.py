@@ -98,7 +98,7 @@ def _block(run: Run, index: int, states: HiddenStates) -> None:
             subject.load(prefix, run.device)
         if run.device.type == "cuda" and index + 1 < len(subject.blocks) and _works(run, index + 1):
             # while this one is at work
-            subject.fetch(subject.blocks.prefix(index + 1))
+            subject.fetch(subject.blocks.prefix(index + 1), run.device if run.plan.copies_ahead else None)
         run.timed("load", clock)
         folding = Folding(subject, index, uses, sites) if (uses := run.plan.smoothing[index]) else None
         tuning = Tuning(subject, index, run.seed) if any(s.tuning for s in sites) else None

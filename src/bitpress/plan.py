@@ -80,6 +80,7 @@ class Plan:
         stored: the checkpoint format.
         spare_hidden: hidden states before and after a block are held, where one forward serves a block with experts.
         solves_beside: linears are solved while the next block runs, where one forward serves both.
+        copies_ahead: a GPU holds the next block's weights while one is at work.
     """
 
     sites: tuple[Site, ...]
@@ -105,6 +106,7 @@ class Plan:
     stored: str = formats.DEFAULT
     spare_hidden: bool = False
     solves_beside: bool = False
+    copies_ahead: bool = False
 
     @property
     def surveys(self) -> bool:

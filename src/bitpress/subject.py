@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bitpress.ahead import Ahead
 from bitpress.blocks import Blocks
 from bitpress.checkpoint import Source
 from bitpress.errors import CheckpointError, ConfigError, PlanError
@@ -74,8 +74,8 @@ class Subject:
         """Make a block (None: what is outside the blocks) ready to run; `weights` take the place of stored ones."""
         raise NotImplementedError
 
-    def fetch(self, prefix: str) -> None:
-        """Begin to read what `load` is going to need."""
+    def fetch(self, prefix: str, onto: torch.device | None) -> None:
+        """Begin to read what `load` is going to need, and to copy it to a GPU if one is named."""
 
     def unload(self, prefix: str | None) -> None:
         """Free what `load` took."""
@@ -212,8 +212,7 @@ class FolderSubject(Subject):
         self.layout = layout(self.model, self.source.tensors.keys() - set(hidden))
         self.blocks = Blocks(self.model)
         self.experts = unfuse(self.model)
-        self._reader = ThreadPoolExecutor(1, "bitpress-reader")
-        self._ahead: dict[str | None, Future[dict[str, Tensor]]] = {}
+        self._ahead = Ahead(lambda prefix: self.stored(self.keys(prefix)))
         self._check_complete()
 
     def _check_complete(self) -> None:
@@ -242,8 +241,8 @@ class FolderSubject(Subject):
     def load(self, prefix: str | None, device: torch.device, weights: dict[str, Tensor] | None = None) -> None:
         weights = weights or {}
         keys = [k for k in self.keys(prefix) if k not in weights]
-        ahead = self._ahead.pop(prefix, None)
-        stored = self.stored(keys) if ahead is None else {k: t for k, t in ahead.result().items() if k in keys}
+        ahead = self._ahead.take(prefix, device)
+        stored = self.stored(keys) if ahead is None else {k: t for k, t in ahead.items() if k in keys}
         for key, tensor in {**stored, **weights}.items():
             _set_tensor(self.model, key, tensor, device)
         if prefix is None:
@@ -252,12 +251,8 @@ class FolderSubject(Subject):
             for name, buffer in self.model.named_buffers():
                 _set_buffer(self.model, name, buffer.to(device))
 
-    def fetch(self, prefix: str) -> None:
-        def read() -> dict[str, Tensor]:
-            return {key: tensor.pin_memory() for key, tensor in self.stored(self.keys(prefix)).items()}
-
-        if prefix not in self._ahead:
-            self._ahead[prefix] = self._reader.submit(read)
+    def fetch(self, prefix: str, onto: torch.device | None) -> None:
+        self._ahead.start(prefix, onto)
 
     def unload(self, prefix: str | None) -> None:
         for key in self.keys(prefix):

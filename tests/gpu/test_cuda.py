@@ -93,6 +93,21 @@ def test_blocks_finished_beside_the_next_one_are_the_same(tmp_path, monkeypatch)
     assert all(torch.equal(t, tensors[False][n]) for n, t in tensors[True].items())
 
 
+@pytest.mark.parametrize("recipe", [RECIPE, {"QuantizationModifier": {"scheme": "FP8_DYNAMIC"}}], ids=["gptq", "fp8"])
+def test_weights_copied_ahead_are_the_same(recipe, tmp_path, monkeypatch):
+    from bitpress import plan
+
+    base = save(build("llama", torch.bfloat16, num_hidden_layers=6), tmp_path / "base")
+    real, tensors = plan.budget, {}
+    for ahead in (True, False):
+        monkeypatch.setattr(plan, "budget", lambda *a, _as=ahead, **k: {**real(*a, **k), "copies_ahead": _as})
+        out = tmp_path / str(ahead)
+        options = {"max_seq_length": 32, "num_calibration_samples": 12, "device": "cuda"}
+        oneshot(base, token_rows(), recipe, output_dir=out, **options)
+        tensors[ahead] = Source(out).read(Source(out).tensors)
+    assert all(torch.equal(t, tensors[False][n]) for n, t in tensors[True].items())
+
+
 @pytest.mark.parametrize("times", [1, 1.5])
 @pytest.mark.parametrize(
     "recipe", [RECIPE, {"SparseGPTModifier": {"sparsity": 0.5, "mask_structure": "2:4"}}], ids=["gptq", "sparsegpt"]
@@ -116,7 +131,7 @@ def test_max_memory_holds(recipe, times, tmp_path):
 
 def test_blocks_that_are_not_needed_are_not_read_ahead(tmp_path, monkeypatch):
     fetched = []
-    monkeypatch.setattr(FolderSubject, "fetch", lambda self, prefix: fetched.append(prefix))
+    monkeypatch.setattr(FolderSubject, "fetch", lambda self, prefix, onto: fetched.append(prefix))
     base = save(build("llama", torch.bfloat16, num_hidden_layers=5), tmp_path / "base")
     recipe = {"GPTQModifier": {**RECIPE["GPTQModifier"], "targets": [r"re:.*layers\.[01]\..*"]}}
     options = {"max_seq_length": 32, "num_calibration_samples": 12, "device": "cuda"}
