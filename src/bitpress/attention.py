@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitpress.math.products import bfloat16_products, mode_is_exact
+from bitpress.math.products import LARGE, bfloat16_products, mode_is_exact
 from bitpress.threads import together, workers
 
 SLICE = 64  # queries a slice: shorter ones save more of the upper triangle, but are slower a flop
@@ -78,6 +78,7 @@ def _instead_of(sdpa: Callable[..., tuple[Tensor, None]]) -> Callable[..., tuple
             and query.shape[2] == key.shape[2] > 1
             and query.shape[1] % key.shape[1] == 0
             and query.dtype in _faster()
+            and (query.dtype != torch.float32 or query.numel() >= LARGE)
             and {(t.dtype, t.device.type) for t in (query, key, value)} == {(query.dtype, "cpu")}
             and not torch.is_grad_enabled()
         )

@@ -141,6 +141,17 @@ def test_what_is_not_plain_stays_with_sdpa(inputs, kwargs, used):
     assert used == []
 
 
+def test_float32_goes_in_slices_where_it_is_large(used, monkeypatch):
+    monkeypatch.setattr(attention, "_faster", lambda: frozenset({torch.float32}))
+    inputs = tensors(length=100, dtype=torch.float32)
+    expected = attend(*inputs)
+    with sliced():
+        assert torch.equal(attend(*inputs), expected) and used == []
+        monkeypatch.setattr(attention, "LARGE", inputs[0].numel())
+        torch.testing.assert_close(attend(*inputs), expected)
+    assert used == [1]
+
+
 def test_gradients_stay_with_sdpa(used):
     query, key, value = tensors()
     with sliced():

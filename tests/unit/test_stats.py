@@ -223,6 +223,7 @@ def test_widened_products_are_those_of_the_dtype_rounded_once(dtype, monkeypatch
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
 def test_linears_by_onednn_are_float32s(monkeypatch):
     monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(products, "LARGE", 64)
     made = torch.Generator().manual_seed(0)
     x, w, b = (torch.randn(s, generator=made) for s in ((2, 5, 64), (32, 64), (32,)))
     linear = torch.nn.functional.linear
@@ -246,6 +247,10 @@ def test_linears_by_onednn_are_float32s(monkeypatch):
         assert found.dtype == torch.float32 and torch.equal(found, named)
         torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
         assert len(called) == 2 * taken
+    called.clear()
+    monkeypatch.setattr(products, "LARGE", 641)
+    with forward_products(), torch.no_grad():  # too small to gain by it: the bits of torch's own
+        assert torch.equal(linear(x, w), torch.mm(x.reshape(10, 64), w.T).reshape(2, 5, 32)) and not called
     called.clear()
     with forward_products():
         (slope,) = torch.autograd.grad(linear(x, w.requires_grad_()).sum(), w)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+LARGE = 1 << 18  # numbers of an input, from which on another kernel in float32 gains more than its call costs
 _held = False  # whether the process-wide switch of the CPU's products must stay as it is
 
 
@@ -165,7 +166,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     """torch's linear, by oneDNN where that takes the tensors as they are; without gradients."""
     taken = (input, weight) if bias is None else (input, weight, bias)
     plain = all(t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in taken)
-    if not plain or not input.numel() or input.dim() < 2:
+    if not plain or input.numel() < LARGE or input.dim() < 2:
         return torch.nn.functional.linear(input, weight, bias)
     found: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
     return found
