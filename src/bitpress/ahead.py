@@ -15,7 +15,7 @@ class Ahead:
     """Reads one block after another in a thread, into page-locked memory, and copies it on a stream of its own.
 
     Args:
-        read: the tensors of a block by key, given the prefix of its keys.
+        read: the tensors of a block by key, in the dtypes that the model has, given the prefix of its keys.
     """
 
     def __init__(self, read: Callable[[str], dict[str, Tensor]]) -> None:
@@ -53,3 +53,7 @@ class Ahead:
             for tensor in tensors.values():
                 tensor.record_stream(here)
         return tensors
+
+    def close(self) -> None:
+        """Give up what was begun, once it is read."""
+        self._thread.submit(self._coming.clear).result()

@@ -1,4 +1,4 @@
-"""Causal attention for CPUs without AMX, in place of SDPA for the time of a forward.
+"""Causal attention for CPUs with AVX2 alone, or with AVX-512 bfloat16 but without AMX, in place of SDPA for a forward.
 
 There, SDPA's fused kernel multiplies many small matrices at a fraction of the processor's speed and, of up to 512 keys,
 computes the upper triangle of the scores too. Here the queries go in slices against the keys they may see, in large
@@ -113,7 +113,7 @@ def causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None
     count = -(-B * K // heads)  # of parts; every thread gets as many
     heads = -(-B * K // (-(-count // workers()) * workers()))
     parts = [slice(first, first + heads) for first in range(0, B * K, heads)]
-    with bfloat16_products(query.dtype == torch.bfloat16):
+    with bfloat16_products(query.dtype == torch.bfloat16 and mode_is_exact()):
         together([partial(_some_heads, q[p], k[p], v[p], scale, out[p]) for p in parts])
     return out.view(B, H, L, E).transpose(1, 2).contiguous()
 

@@ -11,11 +11,13 @@ from torch import Tensor
 from bitpress import formats
 from bitpress.errors import NumericsError
 from bitpress.math.activations import static_scale
+from bitpress.math.gptq import IN_FLOAT64
 from bitpress.math.grid import Solved
 from bitpress.math.lost import relative_error
 from bitpress.math.masks import holds, pruned_each
 from bitpress.math.scales import global_scale
 from bitpress.math.stats import InputStats
+from bitpress.math.sweep import NotDefiniteError
 from bitpress.modifiers.base import PruningModifier
 from bitpress.modifiers.quantization import SchemeGroup, SchemeModifier
 from bitpress.schemes import Scheme
@@ -47,6 +49,7 @@ def solve(
 def solve_each(steps: Sequence[Step], problems: Sequence[Problem], dtype: torch.dtype) -> list[list[Solved]]:
     """`solve` for several inputs whose linears have the same shapes: on a GPU, quantizers take them together."""
     current: list[Problem] = list(problems)
+    notes = [""] * len(problems)
     solved: list[list[Solved]] | None = None
     for step in steps:
         modifier = step.modifier
@@ -54,7 +57,9 @@ def solve_each(steps: Sequence[Step], problems: Sequence[Problem], dtype: torch.
             quantizer, group = _quantizer(step)
             solved = quantizer.solve_each(current, group, formats.grid_of(group.scheme, dtype))
             continue
-        current = [(modifier.prune(w, s, step.sparsity), s) for w, s in current]
+        for i, (given, stats) in enumerate(current):
+            pruned, note = _pruned(modifier, given, stats, step.sparsity)
+            current[i], notes[i] = (pruned, stats), note or notes[i]
         if modifier.corrects:
             current = [(w, _settled(s)) for w, s in current]
     if solved is None:
@@ -63,8 +68,22 @@ def solve_each(steps: Sequence[Step], problems: Sequence[Problem], dtype: torch.
         _stored(steps, weights, pruned_weights, stats, mine, dtype)
         for (weights, _), (pruned_weights, stats), mine in zip(problems, current, solved, strict=True)
     ]
+    stored = [[replace(z, note=note) if note else z for z in mine] for mine, note in zip(stored, notes, strict=True)]
     check_zeros([w for weights, _ in current for w in weights], [z for zs in stored for z in zs], steps)
     return stored
+
+
+def _pruned(
+    modifier: PruningModifier, weights: Sequence[Tensor], stats: InputStats | None, sparsity: float | None
+) -> tuple[list[Tensor], str]:
+    """Pruned weights, and a note if that took float64."""
+    try:
+        return modifier.prune(weights, stats, sparsity), ""
+    except NotDefiniteError:
+        if stats is None:
+            raise
+        found = modifier.prune([w.double() for w in weights], stats.double(), sparsity)
+        return [w.float() for w in found], IN_FLOAT64
 
 
 def _settled(stats: InputStats | None) -> InputStats | None:

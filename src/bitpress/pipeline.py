@@ -49,6 +49,7 @@ def execute(run: Run) -> None:
             run.timed("finish", clock)
     finally:
         run.beside.close()
+        subject.forget()
         if run.output is not None:
             run.output.close()
         states.close()

@@ -77,6 +77,9 @@ class Subject:
     def fetch(self, prefix: str, onto: torch.device | None) -> None:
         """Begin to read what `load` is going to need, and to copy it to a GPU if one is named."""
 
+    def forget(self) -> None:
+        """Give up what was begun to be read."""
+
     def unload(self, prefix: str | None) -> None:
         """Free what `load` took."""
         raise NotImplementedError
@@ -212,7 +215,7 @@ class FolderSubject(Subject):
         self.layout = layout(self.model, self.source.tensors.keys() - set(hidden))
         self.blocks = Blocks(self.model)
         self.experts = unfuse(self.model)
-        self._ahead = Ahead(lambda prefix: self.stored(self.keys(prefix)))
+        self._ahead = Ahead(self._ready)
         self._check_complete()
 
     def _check_complete(self) -> None:
@@ -253,6 +256,14 @@ class FolderSubject(Subject):
 
     def fetch(self, prefix: str, onto: torch.device | None) -> None:
         self._ahead.start(prefix, onto)
+
+    def forget(self) -> None:
+        self._ahead.close()
+
+    def _ready(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors of a block as `load` will have them, on the host."""
+        held = {name: p.dtype for name, p in self.model.named_parameters()}
+        return {key: tensor.to(held.get(key)) for key, tensor in self.stored(self.keys(prefix)).items()}
 
     def unload(self, prefix: str | None) -> None:
         for key in self.keys(prefix):

@@ -10,6 +10,7 @@ import torch
 from torch.sparse import SparseSemiStructuredTensor
 
 from bitpress import oneshot, train
+from bitpress.ahead import Ahead
 from bitpress.checkpoint import Source, on_device, write_shard
 from bitpress.errors import PlanError
 from bitpress.formats import bits
@@ -98,13 +99,31 @@ def test_weights_copied_ahead_are_the_same(recipe, tmp_path, monkeypatch):
     from bitpress import plan
 
     base = save(build("llama", torch.bfloat16, num_hidden_layers=6), tmp_path / "base")
-    real, tensors = plan.budget, {}
+    real, tensors, take, copied = plan.budget, {}, Ahead.take, []
+
+    def seen(self, prefix, device):
+        found = take(self, prefix, device)
+        copied.append(found is not None and all(t.is_cuda for t in found.values()))
+        return found
+
+    def late(self, prefix, onto):  # as if the copies took long
+        if onto is not None:
+            self._stream = self._stream or torch.cuda.Stream(onto)
+            with torch.cuda.stream(self._stream):
+                torch.cuda._sleep(50_000_000)
+        return fetch(self, prefix, onto)
+
+    fetch = Ahead._fetch
+    monkeypatch.setattr(Ahead, "take", seen)
+    monkeypatch.setattr(Ahead, "_fetch", late)
     for ahead in (True, False):
+        copied.clear()
         monkeypatch.setattr(plan, "budget", lambda *a, _as=ahead, **k: {**real(*a, **k), "copies_ahead": _as})
         out = tmp_path / str(ahead)
         options = {"max_seq_length": 32, "num_calibration_samples": 12, "device": "cuda"}
         oneshot(base, token_rows(), recipe, output_dir=out, **options)
         tensors[ahead] = Source(out).read(Source(out).tensors)
+        assert sum(copied) == (5 if ahead else 0)  # all but the first block
     assert all(torch.equal(t, tensors[False][n]) for n, t in tensors[True].items())
 
 

@@ -63,7 +63,15 @@ def test_the_same_codes_as_the_pure_walk(kind, rows, columns, condition, pruned,
 @pytest.mark.parametrize("preserve", [False, True])
 @pytest.mark.parametrize(
     ("structure", "rows", "columns", "condition"),
-    [("2:4", 5, 8, 0), ("2:4", 17, 40, 3), ("3:8", 5, 24, 0), ("8:16", 3, 32, 0), (None, 17, 20, 0), (None, 5, 40, 3)],
+    [
+        ("2:4", 5, 8, 0),
+        ("1:2", 9, 22, 2),
+        ("2:4", 17, 40, 3),
+        ("3:8", 5, 24, 0),
+        ("8:16", 3, 32, 0),
+        (None, 17, 20, 0),
+        (None, 5, 40, 3),
+    ],
 )
 def test_the_same_masks_as_the_pure_sweep_of_sparsegpt(structure, rows, columns, condition, preserve, monkeypatch):
     """2:4 and 3:8 by sets of weights, 8:16 and what preserves zeros by scores, the others in blocks."""
@@ -237,6 +245,9 @@ def test_rotary_embedding_is_that_of_transformers(heads, width, turns, dtype):
         x[1, :, 1] *= 20000
     found = rotate(x.to(DEVICE), cos.to(DEVICE), sin.to(DEVICE)).cpu()
     assert torch.equal(found, apply_rotary_pos_emb(x, x, cos, sin)[0])
+    x[0, 0, 1], x[0, 0, 2, 0], x[0, 0, 2, width // 2] = torch.nan, torch.inf, torch.inf  # what it makes is not hidden
+    found = rotate(x.to(DEVICE), cos.to(DEVICE), sin.to(DEVICE)).cpu()
+    torch.testing.assert_close(found, apply_rotary_pos_emb(x, x, cos, sin)[0], rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_silu_that_waits_for_its_gate_is_a_silu_in_all_else():

@@ -18,10 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitpress.errors import NumericsError
 from bitpress.math.masks import Structure
 from bitpress.math.products import bfloat16_products, product
-from bitpress.math.sweep import NOT_DEFINITE, triangular_inverse
+from bitpress.math.sweep import NotDefiniteError, triangular_inverse
 
 # On the scale of a Hessian with unit diagonal, a penalty of 1 compares what a kept weight is worth with what a pruned
 # one would be. It is reached from below: that lets masks change, and slower growth than this found no better ones.
@@ -54,7 +53,7 @@ def search(
         The pruned weights (R, C) and their mask.
 
     Raises:
-        NumericsError: H is not positive definite.
+        NotDefiniteError: H is not positive definite.
     """
     root = hessian.diagonal().sqrt()
     unit = hessian / root / root[:, None]
@@ -66,7 +65,8 @@ def search(
     penalties = [FIRST_PENALTY ** (1 - (i // ROUNDS_EACH) / max(levels - 1, 1)) for i in range(rounds)]
     infos: list[Tensor] = []
     inverses = ridge_inverses(unit, penalties[::ROUNDS_EACH], SHARED if weight.device.type == "cuda" else 1, infos)
-    turn = None if pattern is None or weight.device.type != "cuda" else _in_one_launch(pattern, gone)
+    on_gpu = weight.device.type == "cuda" and weight.dtype == torch.float32
+    turn = _in_one_launch(pattern, gone) if on_gpu and pattern is not None else None
     for i, penalty in enumerate(penalties):
         if i % ROUNDS_EACH == 0:
             inverse = next(inverses)
@@ -135,7 +135,7 @@ def _ridge_inverse(unit: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
 
 def _refuse(infos: Tensor) -> None:
     if infos.any():
-        raise NumericsError(NOT_DEFINITE)
+        raise NotDefiniteError
 
 
 def refit(weight: Tensor, start: Tensor, hessian: Tensor, keep: Tensor, steps: int) -> Tensor:

@@ -73,7 +73,7 @@ def best_scale(
 def _best_scale(
     readers: Sequence[Reader], gram: Tensor, columns: Tensor, curves: Sequence[Sequence[Tensor]], margin: float
 ) -> Tensor:
-    on_cpu = gram.device.type == "cpu"
+    small = gram.device.type == "cpu" and sum(r.weight.numel() for r in readers) <= CHUNK
     best = torch.ones(int(columns.max()) + 1, device=columns.device)
     smallest = (1 - margin) * float(rounding_error(readers, gram, None))
     for curve in curves:
@@ -85,7 +85,7 @@ def _best_scale(
             near = range(0, len(curve), 4) if lowest is None else (lowest - step, lowest + step)
             tried = [i for i in near if 0 <= i < len(curve) and i not in errors]
             tasks = [partial(rounding_error, readers, gram, curve[i][columns]) for i in tried]
-            found = together(tasks) if on_cpu else [task() for task in tasks]
+            found = together(tasks) if small else [task() for task in tasks]
             errors |= zip(tried, torch.stack(found).tolist() if found else [], strict=True)
         lowest = min(errors, key=errors.__getitem__)
         if errors[lowest] < smallest:

@@ -23,7 +23,7 @@ from bitpress.math.admm import refit, search
 from bitpress.math.correct import correction
 from bitpress.math.masks import Structure, keep_best, keep_in_groups, keep_largest
 from bitpress.math.stats import InputStats
-from bitpress.math.sweep import NOT_DEFINITE, by_columns, inverse_factors, pivots_of, walk
+from bitpress.math.sweep import NotDefiniteError, by_columns, inverse_factors, pivots_of, walk
 
 MOST_CHOICES = 70  # sets of weights that are compared in a group; beyond (4:8 has 70), weights are scored one by one
 REFIT_STEPS = 10
@@ -110,8 +110,8 @@ def prune_in_order(
     unit = structure.size if structure else 1
     order = _group_order(hessian.diagonal(), unit)
     factor, again = inverse_factors(hessian[order][:, order])
-    if again:  # as in the search for the mask
-        raise NumericsError(NOT_DEFINITE)
+    if again and weight.dtype == torch.float32:  # as in the search for the mask
+        raise NotDefiniteError
     gone = None if gone is None else gone[:, order].T.contiguous()
     work = by_columns(weight[:, order])
     block_size = min(block_size, C)
@@ -125,15 +125,15 @@ def prune_in_order(
         before = None if gone is None else gone[lo:hi].T
         return _block_mask(scores.square(), heights, [sparsity * n * hi for n in heights], zeros, before).T
 
-    prune = _sweep_of(weight.device, structure)
+    prune = _sweep_of(weight, structure)
     result = torch.empty_like(weight)
     result[:, order] = prune(work, factor, structure, of_block, block_size, gone, costs, sets).T
     return result
 
 
-def _sweep_of(device: torch.device, structure: Structure | None) -> Callable[..., Tensor]:
-    """The program of a GPU; groups of another size than it knows go column by column there too."""
-    if device.type == "cuda":
+def _sweep_of(weight: Tensor, structure: Structure | None) -> Callable[..., Tensor]:
+    """The program of a GPU; float64, and groups of another size than it knows, go column by column there too."""
+    if weight.device.type == "cuda" and weight.dtype == torch.float32:
         from bitpress.math.kernels.pruning import SIZES, prune
 
         if structure is None or structure.size in SIZES:
@@ -191,6 +191,9 @@ def removal_costs(factor: Tensor, structure: Structure) -> tuple[Tensor, Tensor]
     Returns:
         costs (G, K, M, M), w^T costs[g, k] w for the weights w (M,) of group g when its turn comes, and the masks
         (K, M) of the sets, true where a weight is kept.
+
+    Raises:
+        NotDefiniteError: U is not that of a matrix that is positive definite.
     """
     N, M = structure.pruned, structure.size
     blocks = torch.stack([factor[j : j + M, j : j + M] for j in range(0, len(factor), M)])
@@ -199,7 +202,10 @@ def removal_costs(factor: Tensor, structure: Structure) -> tuple[Tensor, Tensor]
     within = inverse[:, chosen[:, :, None], chosen[:, None, :]]  # (G, K, N, N)
     costs = factor.new_zeros(*within.shape[:2], M, M)
     each = torch.arange(len(chosen), device=factor.device)[:, None, None]
-    costs[:, each, chosen[:, :, None], chosen[:, None, :]] = torch.linalg.inv_ex(within).inverse
+    found, info = torch.linalg.inv_ex(within)
+    if info.any():
+        raise NotDefiniteError
+    costs[:, each, chosen[:, :, None], chosen[:, None, :]] = found
     keep = torch.ones(len(chosen), M, dtype=torch.bool, device=factor.device)
     return costs, keep.scatter_(1, chosen, False)
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,6 +65,11 @@ class InputStats:
             both(self.paired, other.paired, torch.add),
             both(self.sample, other.sample, lambda a, b: thinned(torch.cat([a, b]))[0]),
         )
+
+    def double(self) -> InputStats:
+        """The same in float64."""
+        tensors: Any = {f.name: t.double() for f in fields(self) if isinstance(t := getattr(self, f.name), Tensor)}
+        return replace(self, **tensors)
 
     def permuted(self, order: Tensor) -> InputStats:
         """The statistics of `x[:, order]`, for a permutation (C,)."""
@@ -202,8 +208,8 @@ def thinned(rows: Tensor) -> tuple[Tensor, int]:
 class GramAccumulator:
     """Sums `x^T x` over batches, one triangle only, in float32.
 
-    Products of bfloat16 inputs are exact in float32, so for them the fast bfloat16 matrix units are used with
-    float32 accumulation; other dtypes are multiplied in float32.
+    Products of 16-bit inputs are exact in float32, so for bfloat16, and on a GPU for float16 too, the fast matrix units
+    are used with float32 accumulation; other dtypes are multiplied in float32.
 
     Args:
         channels: C, the number of input features.
@@ -224,7 +230,7 @@ class GramAccumulator:
         x = x.reshape(-1, x.shape[-1])
         self._tokens += x.shape[0]
         exact = x.dtype == torch.bfloat16
-        if x.device.type == "cuda" and exact:
+        if x.device.type == "cuda" and (exact or x.dtype == torch.float16):
             most = max(1, 2 * x.numel() * x.shape[1] // LEAST_FLOPS)
             for lo, hi in self._block_rows(most, unit=128):  # matrix units want rows that begin at round places
                 part = self._sum[lo:hi, lo:]

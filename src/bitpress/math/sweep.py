@@ -21,9 +21,18 @@ from bitpress.errors import NumericsError
 from bitpress.math.grid import Grid, QParams, values_of
 from bitpress.math.products import product
 
-NOT_DEFINITE = "the Gram matrix is not positive definite: raise dampening_frac or give more data"
 SUBSTITUTED = 1024  # rows of a triangular matrix that is not halved
 LEAF = 16  # columns updated one by one; wider blocks are halved and updated by matrix products
+
+
+class NotDefiniteError(NumericsError):
+    """A Gram matrix that is not positive definite, in the dtype in which it was tried."""
+
+    def __init__(self) -> None:
+        super().__init__("the Gram matrix is not positive definite: raise dampening_frac or give more data")
+
+    def __reduce__(self) -> tuple[type[NotDefiniteError], tuple[()]]:  # between processes
+        return NotDefiniteError, ()
 
 
 def inverse_factor(hessian: Tensor) -> Tensor:
@@ -39,7 +48,7 @@ def inverse_factors(hessian: Tensor) -> tuple[Tensor, list[int]]:
     half the work of Cholesky, inverse, Cholesky (Frantar et al. 2022, arXiv 2210.17323), and more accurate.
 
     Raises:
-        NumericsError: H, or one of several, is not positive definite in float32 nor in float64.
+        NotDefiniteError: H, or one of several, is not positive definite in float32 nor in float64.
     """
     lower, info = torch.linalg.cholesky_ex(hessian.flip(-2, -1))
     factor = triangular_inverse(lower).flip(-2, -1)
@@ -48,7 +57,7 @@ def inverse_factors(hessian: Tensor) -> tuple[Tensor, list[int]]:
         one = hessian.reshape(-1, *hessian.shape[-2:])[e]
         lower, info = torch.linalg.cholesky_ex(one.flip(0, 1).double())
         if info.any():
-            raise NumericsError(NOT_DEFINITE)
+            raise NotDefiniteError
         factor.view(-1, *one.shape)[e] = triangular_inverse(lower).flip(0, 1).to(hessian.dtype)
     return factor, again
 

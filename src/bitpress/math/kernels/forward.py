@@ -69,12 +69,13 @@ def _rounded(x, kind: tl.constexpr):  # type: ignore[no-untyped-def]
     if kind == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
-        return bits.to(tl.float32, bitcast=True)
+        return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)  # the bits of a GPU's NaN would run over
     if kind == tl.float16:
         bits = x.to(tl.int32, bitcast=True)
         bits = (bits + 0xFFF + ((bits >> 13) & 1)) & -0x2000
         near = tl.where(tl.abs(x) < 2.0**-14, (x + 0.75) - 0.75, bits.to(tl.float32, bitcast=True))  # steps of 2^-24
-        return tl.where(tl.abs(x) >= 65520.0, tl.where(x > 0, float("inf"), float("-inf")), near)
+        large = tl.where(tl.abs(x) >= 65520.0, tl.where(x > 0, float("inf"), float("-inf")), near)
+        return tl.where(x == x, large, x)
     return x.to(kind).to(tl.float32)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from bitpress.math.kernels.columns import COLUMNS, ROWS, STRIP, WARPS, begun, leave, split_rows, subtract
 from bitpress.math.masks import Structure
 
-SIZES = (4, 8, 16)  # M: a group lies in a program's registers, and in one strip
+SIZES = (2, 4, 8, 16)  # M: a group lies in a program's registers, and in one strip
 
 
 @triton.jit  # type: ignore[untyped-decorator]
