@@ -227,7 +227,7 @@ def walk(work: Tensor, factor: Tensor, project: Project, block_size: int, unit: 
     """
     C, R = work.shape
     block_size = min(-(-block_size // unit) * unit, C)
-    errors = torch.empty(block_size, R, device=work.device)
+    errors = work.new_empty(block_size, R)
     state = _Walk(work, factor, project, errors, -(-LEAF // unit) * unit, unit)
     for base in range(0, C, block_size):
         end = min(base + block_size, C)
