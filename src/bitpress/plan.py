@@ -286,8 +286,8 @@ def make(
                 memory = cost(sites)
             except PlanError as still:
                 faults += still.problems
-    if faults:
-        raise PlanError(faults)
+    if faults:  # a misspelled pattern of `ignore` may be what they come from
+        raise PlanError([*faults, *(n for n in notes if "ignore: " in n and "matches no linear" in n)])
     shards = specs_of_shards(subject, (*inherited, *sites), caches, compressed)
     output_bytes = sum(file_size(s) for s in shards if s)
     if target is not None:

@@ -21,6 +21,11 @@ def group(**weights):
 
 
 RECIPES = {
+    "ignore, and what it should have left": (
+        PlanError,
+        {"GPTQModifier": {"scheme": "W4A16", "group_size": 100, "ignore": ["lm_haed"]}},
+        ["not divisible by group_size 100", "ignore: 'lm_haed' matches no linear", "lm_head"],
+    ),
     "scheme": (RecipeError, {"GPTQModifier": {"scheme": "W4A16_ASYMM"}}, ["W4A16_ASYMM", "Did you mean 'W4A16_ASYM'?"]),
     "modifier": (RecipeError, {"GPTQModifer": {"scheme": "W4A16"}}, ["GPTQModifer", "Did you mean 'GPTQModifier'?"]),
     "short modifier": (RecipeError, {"modifiers": ["GPTQ"]}, ["GPTQ: unknown", "Did you mean 'GPTQModifier'?"]),
