@@ -3,13 +3,14 @@
 python bench/gpu.py [--shape 8b|70b|moe] [--cases gptq ...] [--blocks 3] [--samples 512] [--length 2048]
     [--max-memory 40GiB] [--peer PYTHON] [--peer-batch 1] [--work DIR]
 
-The model has the shapes of Llama-3-8B, Llama-3-70B or Qwen3-30B-A3B and random weights, made on the GPU: speed depends
-on them little, by how soon AWQ gives a curve up and which experts tokens go to. bitpress streams it from disk and
-writes the checkpoint; --peer is the interpreter of llm-compressor's environment, which starts with a loaded model and
-ends before saving. Each case runs after one with 8 samples, which compiles the kernels, and once more with the
-device synchronized around each step, which gives the split (not of `fast`, whose steps run beside each other). The error is that of the hidden states after the last block on 8 sequences
-that were not calibrated on, relative to their energy. The limit is what the products of the forwards and Gram matrices
-alone would take at this card's rate for a large one.
+The model has the shapes of Llama-3-8B, Llama-3-70B or Qwen3-30B-A3B and random weights, made on the GPU: speed
+depends on them little, by how soon AWQ gives a curve up and which experts tokens go to. bitpress streams it from disk
+and writes the checkpoint; --peer is the interpreter of llm-compressor's environment, which starts with a loaded model
+and ends before saving. Each case runs after one with 8 samples, which compiles the kernels, and once more with the
+device synchronized around each step, which gives the split (not of `fast`, whose steps run beside each other). The
+error is that of the hidden states after the last block on 8 sequences that were not calibrated on, relative to their
+energy. The limit is what the products of the forwards and Gram matrices alone would take at this card's rate for a
+large one.
 """
 
 from __future__ import annotations
