@@ -11,13 +11,12 @@ from torch import Tensor
 from bitpress import formats
 from bitpress.errors import NumericsError
 from bitpress.math.activations import static_scale
-from bitpress.math.gptq import IN_FLOAT64
 from bitpress.math.grid import Solved
 from bitpress.math.lost import relative_error
 from bitpress.math.masks import holds, pruned_each
 from bitpress.math.scales import global_scale
 from bitpress.math.stats import InputStats
-from bitpress.math.sweep import NotDefiniteError
+from bitpress.math.sweep import IN_FLOAT64, NotDefiniteError
 from bitpress.modifiers.base import PruningModifier
 from bitpress.modifiers.quantization import SchemeGroup, SchemeModifier
 from bitpress.schemes import Scheme

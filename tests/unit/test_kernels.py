@@ -11,7 +11,7 @@ from bitpress.math.grid import Grid, QParams, dequantize
 from bitpress.math.kernels import pruning
 from bitpress.math.masks import Structure, holds
 from bitpress.math.scales import find_qparams
-from bitpress.math.sweep import inverse_factor, sweep, sweep_by_kernel
+from bitpress.math.sweep import inverse_factors, sweep, sweep_by_kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GRIDS = {
@@ -46,7 +46,7 @@ def test_the_same_codes_as_the_pure_walk(kind, rows, columns, condition, pruned,
     grid = Grid(per_tensor=False, scale_dtype=torch.bfloat16, **GRIDS[kind])
     weight, gram, qparams, groups = problem(rows, columns, grid, condition)
     keep = (weight.abs() > 0.3) if pruned else None
-    factor = inverse_factor(gram)
+    factor = inverse_factors(gram)[0]
     codes = sweep(weight, factor, qparams, groups, grid, 64, keep)
     moved = [None if t is None else t.to(DEVICE) for t in (weight, factor, groups, keep)]
     found = sweep_by_kernel(moved[0], moved[1], qparams.to(DEVICE), moved[2], grid, moved[3]).cpu()
@@ -125,7 +125,7 @@ def test_an_ill_conditioned_problem_against_float64(kind, monkeypatch):
     gram = ((mix * torch.logspace(0, 6, 20, dtype=torch.float64)) @ mix.T).float()
     assert torch.linalg.cond(gram.double()) > 9e5
     qparams = find_qparams(weight, grid, gram.diagonal(), search=True)
-    args = (weight.to(DEVICE), inverse_factor(gram).to(DEVICE), qparams.to(DEVICE), groups.to(DEVICE), grid)
+    args = (weight.to(DEVICE), inverse_factors(gram)[0].to(DEVICE), qparams.to(DEVICE), groups.to(DEVICE), grid)
     found = sweep_by_kernel(*args).cpu()
     expected = in_float64(weight, gram, qparams, groups, grid)
     assert (found.double() == expected).float().mean() > 0.98
@@ -193,7 +193,7 @@ def test_problems_solved_together_come_to_what_each_comes_to_alone(monkeypatch):
     posed[1] = (posed[1][0].flip(0), posed[1][1].flip(0, 1), posed[0][2], posed[1][3].flip(0))
     keep = torch.rand(2, 5, 24, generator=torch.Generator().manual_seed(0)) > 0.2
     weight, gram, groups = (torch.stack([p[i] for p in posed]).to(DEVICE) for i in (0, 1, 3))
-    qparams, factor = QParams.stack([p[2].to(DEVICE) for p in posed]), inverse_factor(gram)
+    qparams, factor = QParams.stack([p[2].to(DEVICE) for p in posed]), inverse_factors(gram)[0]
     codes = sweep_by_kernel(weight, factor, qparams, groups, grid, keep.to(DEVICE))
     better = descend_by_kernel(weight, codes, gram, qparams, groups, grid, passes=1, keep=keep.to(DEVICE))
     for e in range(2):

@@ -8,7 +8,7 @@ import torch
 from bitpress.errors import NumericsError
 from bitpress.math.grid import Grid, QParams, dequantize, quantize
 from bitpress.math.scales import find_qparams
-from bitpress.math.sweep import LEAF, by_columns, inverse_by_halves, inverse_factor, sweep, walk
+from bitpress.math.sweep import LEAF, by_columns, inverse_by_halves, inverse_factors, sweep, walk
 
 
 def positive(size, seed=0):
@@ -41,7 +41,7 @@ def test_inverse_of_a_triangle_by_halves(shape):
 def test_factor_of_the_inverse(size):
     hessian = positive(size)
     before = hessian.clone()
-    factor = inverse_factor(hessian)
+    factor = inverse_factors(hessian)[0]
     assert factor.dtype == torch.float32
     assert torch.equal(factor, factor.triu())
     assert torch.equal(hessian, before)
@@ -55,7 +55,7 @@ def test_factor_of_the_inverse(size):
 def test_double_precision_where_single_fails():
     hessian = pascal(13)
     assert torch.linalg.cholesky_ex(hessian.flip(0, 1))[1].item() != 0, "the test needs a harder matrix"
-    factor = inverse_factor(hessian).double()
+    factor = inverse_factors(hessian)[0].double()
     inverse = torch.linalg.inv(hessian.double())
     assert float((factor.T @ factor - inverse).norm() / inverse.norm()) < 1e-4
 
@@ -67,7 +67,7 @@ def test_double_precision_where_single_fails():
 )
 def test_not_positive_definite(hessian):
     with pytest.raises(NumericsError, match="not positive definite: raise dampening_frac"):
-        inverse_factor(hessian)
+        inverse_factors(hessian)[0]
 
 
 def test_two_columns_by_hand():
@@ -107,7 +107,7 @@ def test_block_size_does_not_matter(columns, block_size):
     weight = torch.randn(16, columns, generator=generator)
     before = weight.clone()
     grid = Grid(4, True, None, False, torch.float32)
-    found, factor = find_qparams(weight, grid), inverse_factor(positive(columns))
+    found, factor = find_qparams(weight, grid), inverse_factors(positive(columns))[0]
     groups = torch.zeros(columns, dtype=torch.int64)
     one = sweep(weight, factor, found, groups, grid, columns)
     other = sweep(weight, factor, found, groups, grid, block_size)
@@ -148,7 +148,7 @@ def test_masked_weights_are_zero_and_compensated(symmetric):
     keep = torch.rand(6, 48, generator=torch.Generator().manual_seed(1)) < 0.5
     grid = Grid(4, symmetric, 16, False, torch.float32)
     found, groups = find_qparams(weight, grid), torch.arange(48) // 16
-    factor = inverse_factor(positive(48))
+    factor = inverse_factors(positive(48))[0]
     codes = sweep(weight, factor, found, groups, grid, 8, keep)
     dense = dequantize(codes, found)
     assert not dense[~keep].any() and bool(dense[keep].any())

@@ -46,6 +46,7 @@ class Reader:
     fixed: bool = False
 
 
+@bfloat16_products(True)
 def best_scale(
     readers: Sequence[Reader],
     gram: Tensor,
@@ -66,13 +67,6 @@ def best_scale(
         curves: scales (P,) in the order of their ratio, see `candidates`.
         margin: share of the error at scale 1 by which another must lower it.
     """
-    with bfloat16_products(True):
-        return _best_scale(readers, gram, columns, curves, margin)
-
-
-def _best_scale(
-    readers: Sequence[Reader], gram: Tensor, columns: Tensor, curves: Sequence[Sequence[Tensor]], margin: float
-) -> Tensor:
     small = gram.device.type == "cpu" and sum(r.weight.numel() for r in readers) <= CHUNK
     best = torch.ones(int(columns.max()) + 1, device=columns.device)
     smallest = (1 - margin) * float(rounding_error(readers, gram, None))

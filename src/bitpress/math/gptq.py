@@ -25,9 +25,8 @@ from bitpress.math.products import product
 from bitpress.math.refit import refit_scales
 from bitpress.math.scales import find_all, find_qparams
 from bitpress.math.stats import InputStats
-from bitpress.math.sweep import inverse_factors, sweep
+from bitpress.math.sweep import IN_FLOAT64, inverse_factors, sweep
 
-IN_FLOAT64 = "the Gram matrix was factored in float64, as it is not positive definite in float32"
 PASSES = 3  # of coordinate descent where weights are pruned; seven more took off another hundredth of the error
 
 

@@ -110,7 +110,7 @@ def prune_in_order(
     unit = structure.size if structure else 1
     order = _group_order(hessian.diagonal(), unit)
     factor, again = inverse_factors(hessian[order][:, order])
-    if again and weight.dtype == torch.float32:  # as in the search for the mask
+    if again and weight.dtype == torch.float32:  # `chain` tries again in float64, and says so
         raise NotDefiniteError
     gone = None if gone is None else gone[:, order].T.contiguous()
     work = by_columns(weight[:, order])

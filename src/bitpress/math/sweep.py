@@ -21,6 +21,7 @@ from bitpress.errors import NumericsError
 from bitpress.math.grid import Grid, QParams, values_of
 from bitpress.math.products import product
 
+IN_FLOAT64 = "the Gram matrix was factored in float64, as it is not positive definite in float32"
 SUBSTITUTED = 1024  # rows of a triangular matrix that is not halved
 LEAF = 16  # columns updated one by one; wider blocks are halved and updated by matrix products
 
@@ -33,11 +34,6 @@ class NotDefiniteError(NumericsError):
 
     def __reduce__(self) -> tuple[type[NotDefiniteError], tuple[()]]:  # between processes
         return NotDefiniteError, ()
-
-
-def inverse_factor(hessian: Tensor) -> Tensor:
-    """`inverse_factors` without what had to be done again."""
-    return inverse_factors(hessian)[0]
 
 
 def inverse_factors(hessian: Tensor) -> tuple[Tensor, list[int]]:
