@@ -165,8 +165,8 @@ class _Shared:
     added: int = 0
     reads: dict[str, int] = field(default_factory=dict)
 
-    def add(self, x: Tensor, full: Tensor | None) -> None:
-        self.sums.add(x, full)
+    def add(self, x: Tensor, full: Tensor | None = None, lack: Tensor | None = None) -> None:
+        self.sums.add(x, full, lack)
         self.added += 1
 
     def read_by(self, name: str) -> None:
@@ -192,6 +192,7 @@ def collect(
     beside: Callable[[int], Batch | None] | None = None,
     keep: Callable[[int, Tensor], None] | None = None,
     unpaired: frozenset[str] = frozenset(),
+    adds: str | None = None,
     out: Callable[[int, Tensor], None] | None = None,
 ) -> Collected:
     """Run all batches and sum the statistics of every distinct input of the given linears.
@@ -210,6 +211,8 @@ def collect(
             and its inputs are the `full` ones of `StatsAccumulator.add`.
         keep: what to do with the outputs of those batches.
         unpaired: linears whose tokens differ from one stream to the other, such as experts.
+        adds: the linear whose output is added to the block's (`bitpress.residual`): of batches in both streams, what
+            the block's output lacks is summed with its input, in place of the input's drift.
         out: what to do with the output of each batch of a number; then the block is not left early.
 
     Raises:
@@ -221,8 +224,17 @@ def collect(
     order: list[str] = []
     last: list[str] = []
     full: dict[str, Tensor] = {}
+    waiting: list[tuple[_Shared, Tensor]] = []  # the input of `adds`, until the block's output is there
     recording = False
     used = 0
+
+    def take(name: str, entry: _Shared, x: Tensor) -> None:
+        other = None if name in unpaired else full.get(name)
+        if name == adds and other is not None:
+            waiting.append((entry, x))
+        else:
+            entry.add(x, other)
+        current[id(x)] = (x, name)
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def before(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -232,15 +244,13 @@ def collect(
                 full[name] = x
                 return
             order.append(name)
-            other = None if name in unpaired else full.get(name)
             seen = current.get(id(x))
             if name in deferred:
                 current.setdefault(id(x), (x, None))
             elif name in shared:
                 entry = shared[name]
                 if seen is None:
-                    entry.add(x, other)
-                    current[id(x)] = (x, name)
+                    take(name, entry, x)
                 elif seen[1] is None or shared[seen[1]] is not entry:
                     raise _shared_at_times(name)
                 entry.read_by(name)
@@ -254,11 +264,11 @@ def collect(
                     current[id(x)] = (x, None)
                 else:
                     used += size
-                    entry = shared[name] = _Shared(StatsAccumulator(x.shape[-1], x.device, needs))
-                    entry.add(x, other)
+                    outputs = _rows(module) if name == adds else None
+                    entry = shared[name] = _Shared(StatsAccumulator(x.shape[-1], x.device, needs, outputs))
+                    take(name, entry, x)
                     entry.read_by(name)
-                    current[id(x)] = (x, name)
-            if last and name == last[0]:
+            if last and name == last[0] and not waiting:
                 raise _Left
 
         return before
@@ -275,6 +285,10 @@ def collect(
                 if keep is not None and uncompressed is not None:
                     keep(number, uncompressed)
             found = run(batch)
+            while waiting:
+                entry, x = waiting.pop()
+                assert uncompressed is not None and found is not None
+                entry.add(x, lack=uncompressed.float() - found.float())
             if out is not None and found is not None:
                 out(number, found)
             if leave_early and out is None and not last and order:
@@ -292,6 +306,11 @@ def collect(
                 raise _shared_at_times(name)
     groups = [(entry.sums.finish(), tuple(entry.reads)) for entry in distinct]
     return Collected(groups, tuple(n for n in linears if n in deferred))
+
+
+def _rows(linear: nn.Module) -> int:
+    assert isinstance(linear.weight, Tensor)
+    return linear.weight.shape[0]
 
 
 def _shared_at_times(name: str) -> NumericsError:

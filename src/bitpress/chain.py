@@ -86,10 +86,11 @@ def _pruned(
 
 
 def _settled(stats: InputStats | None) -> InputStats | None:
-    """Without the drift that a step has undone."""
-    if stats is None or stats.drift is None:
+    """Without the drift, or the lag, that a step has undone."""
+    if stats is None:
         return stats
-    return replace(stats, drift=torch.zeros_like(stats.drift))
+    drift, lag = (None if t is None else torch.zeros_like(t) for t in (stats.drift, stats.lag))
+    return replace(stats, drift=drift, lag=lag)
 
 
 def _stored(

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bitpress import chain, memory, ranks
+from bitpress import chain, memory, ranks, residual
 from bitpress.blocks import Batch, collect
 from bitpress.budget import SMALL
 from bitpress.errors import NumericsError
@@ -151,6 +151,8 @@ def _gather(
             return None
         return run.batches[number].to(run.device), run.full[number]
 
+    adds = ranks.from_first(lambda: _writer(run, index, states, sites)) if "drift" in needs else None
+
     def passes(waiting: list[str], policy: str) -> tuple[list[str], bool]:
         """Take them; returns the experts' sites that saw too few tokens (with a policy: none are let off)."""
         starved: list[str] = []
@@ -172,6 +174,7 @@ def _gather(
                 beside=None if policy else beside,
                 keep=None if policy or run.full is None else run.full.keep,
                 unpaired=frozenset(m for m, s in sites.items() if s.expert is not None),
+                adds=adds,
                 out=None if policy else out,
             )
             got = ranks.agreed(pass_)
@@ -210,6 +213,17 @@ def _gather(
                 module.on_all_tokens = frozenset()
         whole = whole and again
     return whole
+
+
+def _writer(run: Run, index: int | None, states: HiddenStates, sites: dict[str, Site]) -> str | None:
+    """The module of the block whose linear takes up what the block's output lacks, if there is one."""
+    if index is None:
+        return None
+    linears = {m: run.subject.model.get_submodule(m) for m, s in sites.items() if s.expert is None}
+    hidden = states.sequence(0, 0)
+    ids = run.batches[0][:1, : residual.TOKENS].to(run.device)
+    first = ids, None if hidden is None else hidden[:, : residual.TOKENS]
+    return residual.writer(partial(run.subject.blocks.run, index), linears, first)
 
 
 def _at_once(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bitpress.errors import NumericsError
-from bitpress.math.correct import correction
+from bitpress.math.correct import changes
 from bitpress.math.descent import descend
 from bitpress.math.grid import Grid, QParams, Solved
 from bitpress.math.lost import solved_each
@@ -55,7 +55,7 @@ def gptq(
         block_size: columns per block of the sweep.
         dampening_frac: share of the mean Gram diagonal that is added to the diagonal.
         refine: rounds of coordinate descent on the codes and least squares on the scales after the sweep.
-        correct: share of the drift of the inputs that the weights are to undo; needs `stats.drift`.
+        correct: share of the drift of the inputs that the weights are to undo; needs `stats.drift` or `stats.lag`.
 
     Returns:
         One `Solved` per weight; its error is relative to the output energy on the calibration data.
@@ -197,12 +197,12 @@ def _descend_pruned(p: _Posed, codes: Tensor, rows: slice, grid: Grid, block_siz
 def _corrected(
     weights: Sequence[Tensor], stats: InputStats, masks: Sequence[Tensor | None], correct: float
 ) -> Sequence[Tensor]:
-    """The weights that undo this share of the drift of their input; what is pruned stays so."""
+    """The weights that undo this share of the drift of their input, or of the lag of the block's output; what is pruned
+    stays so."""
     if not correct:
         return weights
-    assert stats.drift is not None and stats.paired is not None
-    change = correction(stats.drift, stats.paired, correct)
-    return [w + (w @ change if m is None else (w @ change) * m) for w, m in zip(weights, masks, strict=True)]
+    found = changes(weights, stats, correct)
+    return [w + (d if m is None else d * m) for w, d, m in zip(weights, found, masks, strict=True)]
 
 
 def _find(

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bitpress.errors import NumericsError
 from bitpress.math.admm import refit, search
-from bitpress.math.correct import correction
+from bitpress.math.correct import changes
 from bitpress.math.masks import Structure, keep_best, keep_in_groups, keep_largest
 from bitpress.math.stats import InputStats
 from bitpress.math.sweep import NotDefiniteError, by_columns, inverse_factors, pivots_of, walk
@@ -52,7 +52,7 @@ def sparsegpt(
         dampening_frac: share of the mean Gram diagonal that is added to the diagonal.
         preserve: weights that are zero stay zero and count.
         rounds: of the search for the mask; 0: the mask is the sweep's, and the weights are as it leaves them.
-        correct: share of the drift of the inputs that the weights are to undo; needs `stats.drift`.
+        correct: share of the drift of the inputs that the weights are to undo; needs `stats.drift` or `stats.lag`.
 
     Raises:
         NumericsError: NaN or infinity in the statistics, or a Gram matrix that is not positive definite.
@@ -62,8 +62,7 @@ def sparsegpt(
     stacked = torch.cat(list(weights))
     gone = stacked == 0 if preserve else None
     if correct:
-        assert stats.drift is not None and stats.paired is not None
-        stacked = stacked + stacked @ correction(stats.drift, stats.paired, correct)
+        stacked = stacked + torch.cat(changes(weights, stats, correct))
 
     def choose(scores: Tensor) -> Tensor:
         if gone is not None:

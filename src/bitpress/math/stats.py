@@ -1,6 +1,6 @@
 """Statistics of a linear's input: all that the algorithms need to know about the data.
 
-Legend: C in features, T tokens.
+Legend: R out features, C in features, T tokens.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ class InputStats:
         low, high: least and greatest value of each channel, (C,) float32.
         drift: `sum_t (f_t - x_t) x_t^T`, (C, C) float32, with f the same input in the uncompressed model, over the
             tokens of `paired`.
+        lag: `sum_t e_t x_t^T`, (R, C) float32, with e what the block's output lacks of the uncompressed model's, over
+            the tokens of `paired`: in place of `drift` for the input of the linear that `bitpress.residual` finds.
         paired: `sum_t x_t x_t^T`, (C, C) float32, over some of the tokens, those of extreme energy left out.
         sample: evenly spaced tokens, (at most 2 * `SAMPLE`, C), in the dtype of the input.
     """
@@ -46,6 +48,7 @@ class InputStats:
     low: Tensor | None = None
     high: Tensor | None = None
     drift: Tensor | None = None
+    lag: Tensor | None = None
     paired: Tensor | None = None
     sample: Tensor | None = None
 
@@ -62,6 +65,7 @@ class InputStats:
             both(self.low, other.low, torch.minimum),
             both(self.high, other.high, torch.maximum),
             both(self.drift, other.drift, torch.add),
+            both(self.lag, other.lag, torch.add),
             both(self.paired, other.paired, torch.add),
             both(self.sample, other.sample, lambda a, b: thinned(torch.cat([a, b]))[0]),
         )
@@ -82,7 +86,8 @@ class InputStats:
 
         return InputStats(
             two(self.gram), self.tokens, one(self.sum_abs), one(self.low), one(self.high), two(self.drift),
-            two(self.paired), None if self.sample is None else self.sample[:, order],
+            None if self.lag is None else self.lag[:, order], two(self.paired),
+            None if self.sample is None else self.sample[:, order],
         )  # fmt: skip
 
     def smoothed(self, scale: Tensor) -> InputStats:
@@ -96,7 +101,7 @@ class InputStats:
 
         return InputStats(
             two(self.gram), self.tokens, one(self.sum_abs), one(self.low), one(self.high), two(self.drift),
-            two(self.paired), one(self.sample),
+            one(self.lag), two(self.paired), one(self.sample),
         )  # fmt: skip
 
     @property
@@ -114,15 +119,17 @@ class StatsAccumulator:
         device: where the sums live.
         needs: which ones, see `Modifier.needs`: "gram", "mean", "range", "drift",
             "sample".
+        outputs: R, where `lag` is summed in place of `drift`.
     """
 
-    def __init__(self, channels: int, device: torch.device, needs: frozenset[str]) -> None:
+    def __init__(self, channels: int, device: torch.device, needs: frozenset[str], outputs: int | None = None) -> None:
         self._gram = GramAccumulator(channels, device) if "gram" in needs else None
         self._tokens = 0
         self._sum_abs = torch.zeros(channels, device=device) if "mean" in needs else None
         self._low = torch.full((channels,), math.inf, device=device) if "range" in needs else None
         self._high = torch.full((channels,), -math.inf, device=device) if "range" in needs else None
-        self._drift = torch.zeros(channels, channels, device=device) if "drift" in needs else None
+        self._outputs = outputs
+        self._away = torch.zeros(outputs or channels, channels, device=device) if "drift" in needs else None
         self._paired = GramAccumulator(channels, device) if "drift" in needs else None
         self._sample = Sample() if "sample" in needs else None
 
@@ -133,15 +140,21 @@ class StatsAccumulator:
         sample = 4 * 3 * SAMPLE * channels if "sample" in needs else 0  # as it is thinned, and in float32
         return matrices * GramAccumulator.nbytes(channels) + sample or 16 * channels
 
-    def add(self, x: Tensor, full: Tensor | None = None) -> None:
-        """Add the tokens of `x` (..., C); `full`: the same input in the uncompressed model, of the same shape."""
+    def add(self, x: Tensor, full: Tensor | None = None, lack: Tensor | None = None) -> None:
+        """Add the tokens of `x` (..., C).
+
+        Args:
+            full: the same input in the uncompressed model, of the same shape.
+            lack: (..., R), what the block's output lacks; in place of `full` where `lag` is summed.
+        """
         x = x.reshape(-1, x.shape[-1])
         self._tokens += x.shape[0]
         if x.shape[0] == 0:
             return
         rest = x
-        if self._drift is not None and self._paired is not None and full is not None:
-            rest = self._pair(x, full.reshape(x.shape), self._drift, self._paired)
+        other = full if self._outputs is None else lack
+        if self._away is not None and self._paired is not None and other is not None:
+            rest = self._pair(x, other.reshape(len(x), -1), self._away, self._paired)
         if self._gram is not None and len(rest):
             self._gram.add(rest)
         if self._sum_abs is not None:
@@ -153,18 +166,19 @@ class StatsAccumulator:
         if self._sample is not None:
             self._sample.add(x)
 
-    def _pair(self, x: Tensor, full: Tensor, drift: Tensor, paired: GramAccumulator) -> Tensor:
+    def _pair(self, x: Tensor, other: Tensor, away: Tensor, paired: GramAccumulator) -> Tensor:
         """Add to both what is not extreme; returns the other tokens, as the Gram matrix takes these from `paired`."""
-        energy = x.float().square().sum(-1)
-        usual = energy <= EXTREME * energy.median()
-        x, full, rest = x[usual], full[usual], x[~usual]
+        usual = _usual(x)
+        if self._outputs is not None:
+            usual &= _usual(other)
+        x, other, rest = x[usual], other[usual].float(), x[~usual]
         paired.add(x)
-        difference = full.float().sub_(x.float())
+        difference = other if self._outputs is not None else other.sub_(x.float())
         if x.device.type == "cuda" and x.dtype == torch.bfloat16:
-            drift += torch.mm(difference.to(x.dtype).T, x, out_dtype=torch.float32)
+            away += torch.mm(difference.to(x.dtype).T, x, out_dtype=torch.float32)
         else:
             with bfloat16_products(x.dtype == torch.bfloat16):
-                drift.addmm_(difference.T, x.float())
+                away.addmm_(difference.T, x.float())
         return rest
 
     def finish(self) -> InputStats:
@@ -174,7 +188,14 @@ class StatsAccumulator:
         if gram is not None and paired is not None:
             gram += paired
         sample = None if self._sample is None else self._sample.finish()
-        return InputStats(gram, self._tokens, self._sum_abs, self._low, self._high, self._drift, paired, sample)
+        drift, lag = (self._away, None) if self._outputs is None else (None, self._away)
+        return InputStats(gram, self._tokens, self._sum_abs, self._low, self._high, drift, lag, paired, sample)
+
+
+def _usual(x: Tensor) -> Tensor:
+    """Which tokens of x (T, C) are not of extreme energy."""
+    energy = x.float().square().sum(-1)
+    return energy <= EXTREME * energy.median()
 
 
 class Sample:
