@@ -5,11 +5,11 @@
 | fast     | GPTQ with searched scales and activation order; one forward of the data instead of two, in the         |
 |          | uncompressed model (`oneshot(propagate=False)`)                                                        |
 | balanced | scales moved between modules first (AWQ; SmoothQuant where activations are integers), codes and scales |
-|          | refined after the sweep, part of the drift of inputs undone; no gradients                              |
+|          | refined after the sweep, part of the error of the layers before undone; no gradients                   |
 | best     | the same, then block tuning with gradients where weights have less than 8 bits or are pruned: with 8   |
 |          | there is nothing to gain                                                                               |
 
-A sparsity prunes with SparseGPT before the quantizer; then no scales are moved.
+A sparsity prunes with SparseGPT before the quantizer; then no scales are moved, and it is SparseGPT that undoes.
 """
 
 from __future__ import annotations
@@ -115,9 +115,10 @@ def recipe(effort: Effort, keys: dict[str, Any] | None, pruning: dict[str, Any] 
     Args:
         effort: see above.
         keys: of the quantizer: scheme, bits or config_groups, group_size, ignore; None: nothing is quantized.
-        pruning: a pruning modifier by name, which goes before the quantizer. Then no scales are moved: they are
+        pruning: SparseGPT's keys by its name, which goes before the quantizer. Then no scales are moved: they are
             chosen for rounding alone.
     """
+    undoes = {} if effort == "fast" else {"correct": CORRECT}
     modifiers: dict[str, Any] = {}
     if keys is not None and pruning is None and effort != "fast":
         smoothing = {"ignore": keys.get("ignore", []), "required": False}
@@ -125,9 +126,9 @@ def recipe(effort: Effort, keys: dict[str, Any] | None, pruning: dict[str, Any] 
             modifiers["SmoothQuantModifier"] = {"smoothing_strength": "search", **smoothing}
         else:
             modifiers["AWQModifier"] = smoothing
-    modifiers |= pruning or {}
+    modifiers |= {name: {**undoes, **given} for name, given in (pruning or {}).items()}
     if keys is not None:
-        more = {"refine": 0} if effort == "fast" else {"correct": CORRECT, "dampening_frac": DAMPENING}
+        more = {"refine": 0} if effort == "fast" else {**undoes, "dampening_frac": DAMPENING}
         modifiers["GPTQModifier"] = {**keys, **more}
     if effort == "best" and (pruning or not _eight_bits(keys)):
         modifiers["TuneModifier"] = {"batch_size": 8} if pruning else {}

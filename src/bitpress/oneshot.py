@@ -201,7 +201,7 @@ def oneshot(
         group_size: with scheme: input columns per scale in place of the preset's; -1 is one scale a row.
         method: with scheme or bits: "gptq", the default, or "rtn", which rounds to nearest.
         effort: with scheme, bits or sparsity: "fast" only sweeps, without `propagate`; "balanced" moves scales between
-            layers first and undoes part of the drift of the inputs, without gradients; "best" tunes each block with
+            layers first and undoes part of the error of those before, without gradients; "best" tunes each block with
             gradients after that; see `bitpress.effort`. None: GPTQ with its defaults.
         sparsity: "2:4", another N:M, or a share of zeros: SparseGPT prunes, before the quantizer if there is a scheme.
         ignore: with scheme, bits or sparsity: linears to leave, patterns of `bitpress.targets`. None: "lm_head".

@@ -85,8 +85,8 @@ class Modifier:
     @property
     def needs(self) -> frozenset[str]:
         """What it reads of the calibration data: "gram", "mean" (of |x|), "range" (min and max), "cache" (range of
-        keys and values), "drift" (of the input from the uncompressed model's), "full" (outputs of its blocks),
-        "sample" (of its tokens); empty: no data."""
+        keys and values), "drift" (from the uncompressed model, see `bitpress.math.correct`), "full" (outputs of its
+        blocks), "sample" (of its tokens); empty: no data."""
         return frozenset()
 
     def to_dict(self) -> dict[str, Any]:
@@ -195,7 +195,7 @@ class PruningModifier(LinearModifier):
 
     @property
     def corrects(self) -> bool:
-        """Whether what it keeps undoes the drift of the inputs, so that a quantizer after it has none to undo."""
+        """Whether what it keeps undoes the error of the layers before: a quantizer after it has none to undo."""
         return False
 
     @property

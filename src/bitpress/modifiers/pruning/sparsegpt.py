@@ -36,8 +36,8 @@ class SparseGPTModifier(ProfileModifier):
         mask_rounds: rounds in which the mask is searched for by alternating directions (Boza 2024,
             arXiv 2401.02938; Meng et al. 2024, arXiv 2406.07831); 0 takes the mask and the weights of the
             sweep. Default: 30.
-        correct: share, 0 to 1, of the drift of the layer's input from the uncompressed model's that its weights
-            are to undo; takes a second stream of hidden states. Default: 0.
+        correct: share, 0 to 1, of the error of the layers before that the weights are to undo, see
+            `GPTQModifier`; a quantizer after it undoes no more. Default: 0.
         sparsity_profile: "owl" spreads sparsity over the decoder blocks (Yin et al. 2023, arXiv 2310.05175): a
             survey counts their outliers, and blocks with more are pruned less. Default: none.
         owl_m: weights above so many times the mean score count as outliers. Default: 5.

@@ -65,9 +65,10 @@ class GPTQModifier(SchemeModifier):
             misreads such scales there, as it does W4A16's if `VLLM_MARLIN_INPUT_DTYPE=int8` is set. Default: "hessian".
         refine: rounds of coordinate descent on the codes (Behdin et al. 2023, arXiv 2309.01885) and joint least
             squares on the scales, after the sweep. Default: 2.
-        correct: share, 0 to 1, of the drift of the layer's input from the uncompressed model's that its weights are
-            to undo (in the manner of Qronos: Zhang et al. 2025, arXiv 2505.11695); costs a forward of a quarter of
-            the data in the uncompressed model. Default: 0.
+        correct: share, 0 to 1, of the error of the layers before that the weights are to undo: of the drift of their
+            input from the uncompressed model's (in the manner of Qronos: Zhang et al. 2025, arXiv 2505.11695), and in
+            the linear whose output is added to the block's of all that the block's output lacks (as LoaQ: Lin & Wan
+            2025, arXiv 2509.06297). Costs a forward of a quarter of the data in the uncompressed model. Default: 0.
         sequential_update: has no effect. Default: none.
         sequential_targets: has no effect. Default: none.
         offload_hessians: has no effect. Default: none.
