@@ -86,13 +86,14 @@ def asked_for(
     if blockwise:
         more = [n for n in ("method", "effort", "sparsity") if given[n] not in (None, "rtn")]
         faults += [f"{spelled(n)}: {str(scheme).upper()} is rounded to nearest by bitsandbytes; drop it" for n in more]
-    if sparsity is not None and str(sparsity).strip() in ("0", "0.0"):
+    if sparsity is not None and _nothing(sparsity):
         faults.append(f"{spelled('sparsity')}: {sparsity} prunes nothing; leave it out")
-    if faults:
-        raise ConfigError(faults)
     pruning = None
     if sparsity is not None:
         pruning = {"SparseGPTModifier": {**_zeros(sparsity), "ignore": ignore or ["lm_head"]}}
+    if faults:
+        named = None if scheme is None or blockwise else {"GPTQModifier": {"scheme": scheme}}
+        raise ConfigError(faults + [fault for part in (pruning, named) if part for fault in _faults_of(part)])
     if blockwise:
         size = {} if group_size is None else {"blocksize": group_size}
         return {"BitsAndBytesModifier": {"quant_type": str(scheme).lower(), "ignore": ignore or ["lm_head"], **size}}
@@ -101,6 +102,24 @@ def asked_for(
     if effort is not None:
         return recipe(cast(Effort, effort), None if dense else keys, pruning)
     return (pruning or {}) | ({} if dense else {METHODS[method or "gptq"]: keys})
+
+
+def _faults_of(modifiers: dict[str, Any]) -> list[str]:
+    """What a recipe of these modifiers would be told."""
+    from bitpress.recipe import Recipe
+
+    try:
+        Recipe.load(modifiers)
+    except RecipeError as error:
+        return list(error.problems)
+    return []
+
+
+def _nothing(sparsity: Any) -> bool:
+    try:
+        return float(sparsity) == 0
+    except (TypeError, ValueError):  # such as 2:4
+        return False
 
 
 def _zeros(sparsity: Any) -> dict[str, Any]:

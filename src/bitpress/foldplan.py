@@ -83,6 +83,10 @@ def find_smoothing(
         made.faults += chosen.faults()
         if not isinstance(modifier, LinearModifier):  # else find_sites has given its notes
             made.notes += [f"{chosen.kind}.{n}" for n in modifier.notes()]
+        if not modifier.for_rounding and not any(s.group is not None for s in sites):
+            made.notes.append(
+                f"{chosen.kind}: nothing in its stage quantizes: scales are moved, and nothing gets smaller"
+            )
         made.notes += _idle_ignores(modifier, subject)
         made.notes += chosen.notes()
     return made

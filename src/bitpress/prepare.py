@@ -277,7 +277,10 @@ def _static_without_data(args: Arguments, modifiers: Sequence[Any]) -> list[str]
     if args.dataset is not None or args.dataset_path is not None:
         return []
     kinds = {
-        "range": ("static scales of inputs", "use a scheme with dynamic activations such as FP8_DYNAMIC"),
+        "range": (
+            "static scales of inputs",
+            "use a scheme with dynamic activations such as FP8_DYNAMIC, or without any such as W4A16 and NVFP4A16",
+        ),
         "cache": ("static scales of keys and values (kv_cache_scheme)", "drop kv_cache_scheme"),
     }
     return [

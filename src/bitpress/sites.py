@@ -320,9 +320,10 @@ def misfits(sites: Sequence[Site], subject: Subject) -> list[str]:
         for modifier in (s.modifier for s in site.steps):
             unit = modifier.group_columns() if isinstance(modifier, PruningModifier) else 1
             if site.columns % unit:
+                fits = " or ".join(s for s in ("2:4", "4:8") if site.columns % int(s[-1]) == 0)
                 found.append(
                     f"{site.name}: {site.columns} input columns are not divisible into groups of {unit} for "
-                    f"{type(modifier).__name__}; add it to ignore"
+                    f"{type(modifier).__name__}; {f'take {fits}, or ' if fits else ''}add it to ignore"
                 )
         if site.module == head and subject.tied:
             found.append(

@@ -56,7 +56,7 @@ def solve_sites(
         run.progress.at(at, "solving", 0.4)
         results.update(_solve(run, of_inputs(by_module, inputs), folding, tuning))
 
-    if run.full is not None and index is not None and not needy and folding is None:
+    if collects and run.full is not None and index is not None and not needy and folding is None:
         advance_full(run, index, run.full, states)
     gather = partial(_gather, run, index, states, out=out)
     if folding is None:

@@ -56,11 +56,15 @@ def without_experts(sites: Sequence[Site]) -> list[Site]:
 def without_propagation(modifiers: Sequence[Modifier], caches: Sequence[CacheSite]) -> list[str]:
     """What needs the stream of the compressed model."""
     found = [
-        f"{type(m).__name__}{what}: works on the compressed model's stream: drop it, or set propagate (not effort fast)"
+        f"{type(m).__name__}{what} (part of effort balanced and best): works on the compressed model's stream, which "
+        "propagate=False (--no-propagate) and effort fast leave out: drop one of the two"
         for m in modifiers
         for what, asked in ((".correct", getattr(m, "correct", 0)), ("", "full" in m.needs))
         if asked
     ]
     if caches:
-        found.append("kv_cache_scheme: its scales are those of the compressed model; set propagate (not effort fast)")
+        found.append(
+            "kv_cache_scheme: its scales are those of the compressed model, which propagate=False (--no-propagate) "
+            "and effort fast leave out: drop one of the two"
+        )
     return found

@@ -264,6 +264,30 @@ def test_what_blocks_lack_is_taken_up_by_the_linear_that_writes_into_them(monkey
     assert away[0] < 0.97 * away[1]
 
 
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"GPTQModifier": {"correct": 0.4, "scheme": "W4A16", "group_size": 16}},
+        {"SparseGPTModifier": {"correct": 0.4, "mask_structure": "2:4"}},
+        {
+            "AWQModifier": {},
+            "GPTQModifier": {"correct": 0.4, "scheme": "W4A16", "group_size": 16},
+            "TuneModifier": {"iters": 2},
+        },
+    ],
+    ids=lambda r: next(iter(r)),
+)
+@pytest.mark.parametrize("left", ["[23]", "[013]", "[03].*mlp"])
+def test_blocks_may_be_left_out(tmp_path, recipe, left):
+    """The uncompressed stream ends where nothing reads it any more: later blocks are not in memory."""
+    folder = saved(tmp_path, num_hidden_layers=4)
+    recipe = {name: {**keys, "ignore": ["lm_head", rf"re:.*layers\.{left}.*"]} for name, keys in recipe.items()}
+    options = {"max_seq_length": 24, "num_calibration_samples": 8, "batch_size": 2}
+    oneshot(folder, ROWS, recipe, output_dir=tmp_path / "out", **options)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert {"[23]": 14, "[013]": 7, "[03].*mlp": 22}[left] == len(report["layers"])
+
+
 def randomized():
     """Six blocks, each with weights of its own."""
     model = build("opt", num_hidden_layers=6).requires_grad_(False)

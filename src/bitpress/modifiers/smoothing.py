@@ -111,10 +111,10 @@ def _pair(entry: Any) -> Pair | str:
     """A mapping in either form: `[[balance, ...], smooth]` or `{smooth_layer, balance_layers}`; else what is wrong."""
     if isinstance(entry, Mapping):
         known = {"smooth_layer", "balance_layers", "activation_hook_target"}
-        if missing := {"smooth_layer", "balance_layers"} - set(entry):
-            return f"{', '.join(sorted(missing))} missing"
         if unknown := [str(k) for k in entry if k not in known]:
             return f"unknown key {', '.join(unknown)}; known: {', '.join(sorted(known))}"
+        if missing := {"smooth_layer", "balance_layers"} - set(entry):
+            return f"{', '.join(sorted(missing))} missing"
         smooth, balance = entry["smooth_layer"], entry["balance_layers"]
     elif isinstance(entry, list) and len(entry) == 2:
         balance, smooth = entry
