@@ -56,5 +56,5 @@ def writer(run: Callable[[Batch], Tensor], linears: Mapping[str, nn.Module], bat
         moved = run(batch).float() - before
     finally:
         moving.remove()
-    wrong, size = ((moved - push).norm(dim=(0, 1)), before.norm(dim=(0, 1)))
+    wrong, size = (moved - push).norm(dim=(0, 1)), before.norm(dim=(0, 1))
     return last if bool((wrong <= SAME * size).all()) else None

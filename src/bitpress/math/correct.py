@@ -7,8 +7,8 @@ few channels would decide everything, are left out of the sums (see `bitpress.ma
 
 The linear whose output is added to the block's output (`bitpress.residual`) is to undo a share of all that the block's
 output lacks, not only what its own input has drifted: W' = W + E inv(Y + l I) with E = sum e y^T and e the lack. So
-errors of the residual stream, which no linear reads but through a norm, are undone too, as in LoaQ (Lin & Wan 2025,
-arXiv 2509.06297); from there is the idea, not the formula.
+errors of the residual stream, which no linear reads but through a norm, are undone too. The idea is that of LoaQ (Lin &
+Wan 2025, arXiv 2509.06297); it goes further than this: to the output of attention, and through norms.
 
 Legend: R out features, C in features.
 """
