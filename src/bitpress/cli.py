@@ -25,7 +25,6 @@ from bitpress.options import (
     Generate,
     Json,
     MaxSeqLength,
-    Method,
     OutputDir,
     Prompts,
     Quiet,
@@ -219,7 +218,7 @@ def demo(
     if num_samples is None:
         num_samples = 16 if is_slow() else 64
     base, target = obtain(output / "SmolLM2-135M-Instruct"), output / "SmolLM2-135M-Instruct-W4A16-G64"
-    recipe = written_recipe("W4A16", None, 64, Method.gptq, None, None, None, None)
+    recipe = written_recipe("W4A16", None, 64, "gptq", None, None, None, None)
     compress(
         base, None, recipe, output_dir=target, num_calibration_samples=num_samples, max_seq_length=max_seq_length,
         prompts=[PROMPT], progress=not quiet, fresh=fresh or (target / "config.json").is_file(),

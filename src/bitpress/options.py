@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +25,8 @@ def print_json(value: Any) -> None:
 # names that the shell completes, said here once more: the tables of their rooms take seconds to import
 FORMATS = ("compressed-tensors", "gptq", "gptq_v2", "awq", "bitsandbytes", "dense", "gguf", "sparse-24")
 DTYPES = ("float32", "bfloat16", "float16")
+METHODS = ("gptq", "rtn")
+EFFORTS = ("fast", "balanced", "best")
 
 
 def completing(*names: str) -> Callable[[str], list[str]]:
@@ -44,19 +45,6 @@ def complete_scheme(begun: str) -> list[str]:
     return completing(*PRESETS, *map(str.upper, BLOCKWISE))(begun)
 
 
-class EffortOption(StrEnum):
-    """Choices of --effort; see `bitpress.effort`."""
-
-    fast = "fast"
-    balanced = "balanced"
-    best = "best"
-
-
-class Method(StrEnum):
-    gptq = "gptq"
-    rtn = "rtn"
-
-
 Model = Annotated[str, typer.Argument(help="Model folder or hub id.", show_default=False)]
 Scheme = Annotated[
     str | None,
@@ -67,10 +55,16 @@ Bits = Annotated[
     typer.Option(help="Size target: stored bits per weight on average, such as 4.25; chooses each linear's scheme."),
 ]
 GroupSize = Annotated[int | None, typer.Option(help="Input columns per scale; -1: one scale per row.")]
-MethodOption = Annotated[Method | None, typer.Option(help="gptq (default) or rtn, with --scheme or --bits.")]
-EffortChoice = Annotated[
-    EffortOption | None,
-    typer.Option(help="With --scheme or --bits: fast; balanced, no gradients; best, with block tuning."),
+MethodOption = Annotated[
+    str | None,
+    typer.Option(help="gptq (default) or rtn, with --scheme or --bits.", autocompletion=completing(*METHODS)),
+]
+EffortOption = Annotated[
+    str | None,
+    typer.Option(
+        help="With --scheme, --bits or --sparsity: fast; balanced, no gradients; best, with block tuning.",
+        autocompletion=completing(*EFFORTS),
+    ),
 ]
 SparsityOption = Annotated[
     str | None, typer.Option(help="2:4, another N:M or a share of zeros: SparseGPT prunes, before any quantizer.")

@@ -86,7 +86,8 @@ def cli(monkeypatch, capsys, *words):
         (1, "ConfigError: device: 'cuda:3' was asked for", ["--scheme=W8A16", "--group-size=16", "--device=cuda:3"]),
         (2, "Invalid value for '--num-samples'", ["--scheme", "W4A16", "--num-samples", "many"]),
         (2, "No such option", ["--scheme", "W4A16", "--sheme", "W8A16"]),
-        (2, "Invalid value for '--method'", ["--scheme", "W4A16", "--method", "gtpq"]),
+        (1, "--method: 'gtpq' is unknown. Did you mean 'gptq'?", ["--scheme", "W4A16", "--method", "gtpq"]),
+        (1, "GPTQModifier.scheme: 'W4A61' is unknown.", ["--scheme", "W4A61", "--effort", "besst"]),
     ],
 )  # fmt: skip
 def test_faults_on_the_command_line(verb, code, words, options, tiny, tmp_path, monkeypatch, capsys, no_weights):

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from bitpress import ConfigError, RecipeError, oneshot
-from bitpress.effort import EFFORTS, asked_for, recipe
+from bitpress import ConfigError, RecipeError, oneshot, options
+from bitpress.effort import EFFORTS, METHODS, asked_for, recipe
 from bitpress.recipe import Recipe
 from conftest import build, save, token_rows
 
@@ -130,3 +130,7 @@ def test_oneshot_takes_an_effort(tmp_path):
     with pytest.raises(ConfigError) as caught:
         oneshot(base, recipe=recipe("best", KEYS), effort="best", output_dir=out, batch_size=0)
     assert "effort: cannot go with recipe" in str(caught.value) and "batch_size" in str(caught.value)
+
+
+def test_the_shell_completes_what_there_is():
+    assert options.EFFORTS == EFFORTS and tuple(METHODS) == options.METHODS

@@ -17,7 +17,6 @@ from bitpress.options import (
     DatasetConfig,
     Dense,
     Device,
-    EffortChoice,
     EffortOption,
     FormatName,
     Fresh,
@@ -25,7 +24,6 @@ from bitpress.options import (
     Ignore,
     MaxMemory,
     MaxSeqLength,
-    Method,
     MethodOption,
     Model,
     ModelDtype,
@@ -54,7 +52,7 @@ def run_arguments(
     bits: Bits = None,
     group_size: GroupSize = None,
     method: MethodOption = None,
-    effort: EffortChoice = None,
+    effort: EffortOption = None,
     sparsity: SparsityOption = None,
     ignore: Ignore = None,
     recipe: RecipeFile = None,
@@ -82,7 +80,7 @@ def run_arguments(
 ) -> dict[str, Any]:
     """The options of a run, for every command that has them, as arguments of `bitpress.oneshot`."""
     if propagate is None and effort is not None:
-        propagate = effort.value != "fast"
+        propagate = effort != "fast"
     written = written_recipe(scheme, bits, group_size, method, effort, sparsity, ignore, recipe)
     return {
         "model": model, "dataset": dataset, "recipe": written,
@@ -126,8 +124,8 @@ def written_recipe(
     scheme: str | None,
     bits: float | None,
     group_size: int | None,
-    method: Method | None,
-    effort: EffortOption | None,
+    method: str | None,
+    effort: str | None,
     sparsity: str | None,
     ignore: list[str] | None,
     recipe: str | None,
@@ -137,8 +135,8 @@ def written_recipe(
 
     try:
         found = asked_for(
-            scheme=scheme, bits=bits, group_size=group_size, method=method and method.value,
-            effort=effort and effort.value, sparsity=sparsity, ignore=ignore, written=recipe,
+            scheme=scheme, bits=bits, group_size=group_size, method=method, effort=effort,
+            sparsity=sparsity, ignore=ignore, written=recipe,
             spelled=lambda n: "--" + n.replace("_", "-"),
         )  # fmt: skip
     except ConfigError as error:
