@@ -203,6 +203,12 @@ def report_table(report: Mapping[str, Any], limit: int | None) -> RenderableType
     if "bits_per_weight" in totals:
         left = f", {totals['left_dense']} left dense counted" if "left_dense" in totals else ""
         facts.add_row("bits per weight", f"{totals['bits_per_weight']:.3f} on average{left}")
+    if pruned := [row for row in rows if row.get("mask")]:
+        zeros, masks = (
+            sum(row["sparsity"] for row in pruned) / len(pruned),
+            dict.fromkeys(row["mask"] for row in pruned),
+        )
+        facts.add_row("pruned", f"{counted(len(pruned), 'linear')}, {zeros:.1%} zeros on average, {', '.join(masks)}")
     facts.add_row("time", f"{totals['seconds']:.1f} s")
     facts.add_row("peak memory", f"{sized(totals['peak_host_bytes'])} host")
     if totals["peak_device_bytes"]:

@@ -3,10 +3,12 @@
 import json
 
 import pytest
+from rich.console import Console
 
 from bitpress import ConfigError, RecipeError, oneshot, options
 from bitpress.effort import EFFORTS, METHODS, asked_for, recipe
 from bitpress.recipe import Recipe
+from bitpress.tables import report_table
 from conftest import build, save, token_rows
 
 KEYS = {"scheme": "W4A16", "group_size": 16, "ignore": ["lm_head"]}
@@ -117,7 +119,11 @@ def test_oneshot_takes_a_sparsity(tmp_path):
     base, out = save(build("llama"), tmp_path / "base"), tmp_path / "out"
     options = {"max_seq_length": 32, "num_calibration_samples": 4, "output_dir": out}
     oneshot(base, token_rows(4), sparsity="2:4", scheme="W4A16", group_size=16, effort="balanced", **options)
-    rows = json.loads((out / "report.json").read_text())["layers"]
+    report = json.loads((out / "report.json").read_text())
+    rows = report["layers"]
+    with (console := Console(width=120)).capture() as printed:
+        console.print(report_table(report, None))
+    assert "14 linears, 5" in printed.get() and "% zeros on average, 2:4" in printed.get()
     assert {row["mask"] for row in rows} == {"2:4"} and {row["scheme"] for row in rows} == {"W4A16 g16"}
 
 
