@@ -9,7 +9,7 @@
 | best     | the same, then block tuning with gradients where weights have less than 8 bits or are pruned: with 8   |
 |          | there is nothing to gain                                                                               |
 
-A sparsity prunes with SparseGPT before the quantizer; then no scales are moved, and it is SparseGPT that undoes.
+A sparsity prunes with SparseGPT before the quantizer; then no scales are moved. Without a quantizer SparseGPT undoes.
 """
 
 from __future__ import annotations
@@ -135,7 +135,8 @@ def recipe(effort: Effort, keys: dict[str, Any] | None, pruning: dict[str, Any] 
         effort: see above.
         keys: of the quantizer: scheme, bits or config_groups, group_size, ignore; None: nothing is quantized.
         pruning: SparseGPT's keys by its name, which goes before the quantizer. Then no scales are moved: they are
-            chosen for rounding alone.
+            chosen for rounding alone. Of the two the last one undoes: what SparseGPT undoes, rounding loses again on
+            some data (bench/LOG.md).
     """
     undoes = {} if effort == "fast" else {"correct": CORRECT}
     modifiers: dict[str, Any] = {}
@@ -145,7 +146,7 @@ def recipe(effort: Effort, keys: dict[str, Any] | None, pruning: dict[str, Any] 
             modifiers["SmoothQuantModifier"] = {"smoothing_strength": "search", **smoothing}
         else:
             modifiers["AWQModifier"] = smoothing
-    modifiers |= {name: {**undoes, **given} for name, given in (pruning or {}).items()}
+    modifiers |= {name: {**(undoes if keys is None else {}), **given} for name, given in (pruning or {}).items()}
     if keys is not None:
         more = {"refine": 0} if effort == "fast" else {**undoes, "dampening_frac": DAMPENING}
         modifiers["GPTQModifier"] = {**keys, **more}

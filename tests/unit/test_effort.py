@@ -30,8 +30,10 @@ def test_pruning_goes_before_the_quantizer_and_nothing_is_scaled():
     made = Recipe.load(recipe("best", KEYS, pruning)).stages[0].modifiers
     assert [type(m).__name__ for m in made] == ["SparseGPTModifier", "GPTQModifier", "TuneModifier"]
     assert recipe("fast", None, pruning) == pruning
-    for effort in ("balanced", "best"):  # it is the pruner that undoes: there is nothing left to a quantizer after it
+    for effort in ("balanced", "best"):  # the last one undoes
         assert recipe(effort, None, pruning)["SparseGPTModifier"] == {"correct": 0.4, "mask_structure": "2:4"}
+        assert recipe(effort, KEYS, pruning)["SparseGPTModifier"] == {"mask_structure": "2:4"}
+        assert recipe(effort, KEYS, pruning)["GPTQModifier"]["correct"] == 0.4
 
 
 def test_a_sparsity_prunes_first():
@@ -39,7 +41,7 @@ def test_a_sparsity_prunes_first():
     assert asked_for(sparsity=124) == {"SparseGPTModifier": {"mask_structure": 124, "ignore": ["lm_head"]}}  # of YAML
     made = asked_for(sparsity="0.5", scheme="W4A16", group_size=16, effort="best", ignore=["a"])
     assert list(made) == ["SparseGPTModifier", "GPTQModifier", "TuneModifier"]
-    assert made["SparseGPTModifier"] == {"correct": 0.4, "sparsity": "0.5", "ignore": ["a"]}
+    assert made["SparseGPTModifier"] == {"sparsity": "0.5", "ignore": ["a"]}
     assert made["TuneModifier"] == {"batch_size": 8}
     rounded = asked_for(sparsity="2:4", scheme="W4A16", method="rtn")
     assert list(rounded) == ["SparseGPTModifier", "QuantizationModifier"]
